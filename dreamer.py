@@ -1,0 +1,1267 @@
+"""DreamerV3 in one file: learn a world model from experience, then learn to act inside its dreams.
+
+    python dreamer.py                                             # CartPole-v1, solved in minutes on a laptop CPU
+    python dreamer.py --env-id dm_control/walker-walk-v0          # values chosen for the suite, see PRESETS
+    python dreamer.py --env-id ALE/Pong-v5 --size 12m --track     # any flag overrides the preset
+    python dreamer.py --evaluate runs/CartPole-v1__dreamer__1__…  # play a saved agent
+    python dreamer.py --resume   runs/CartPole-v1__dreamer__1__…  # go on where a run stopped
+
+The algorithm is that of "Mastering Diverse Domains through World Models" (Hafner et al., Nature 2025,
+arXiv 2301.04104v2) as its author's code runs it: danijar/dreamerv3 at e3f0224 (2026-05). Where paper and code differ,
+the code is followed. test_dreamer.py checks losses, states and two optimizer steps against numbers recorded from it.
+
+Symbols   B batch · T time · H imagination horizon · N = B·T dreams · D deter size · S latents of C classes each
+          A action size · U units · G = 8 blocks       h deter · z stoch · feat = [h, z] · sg(·) stop-gradient
+
+Time      Row t of the replay holds what *arrived* at t and the action chosen after seeing it:
+
+            row                t-1                 t                  t+1
+            arrived      x, r, flags ──┐     x, r, flags ──┐     x, r, flags      is_first: x begins an episode, r = 0
+            chosen             a ──────┼──▶        a ──────┼──▶        a          is_last: x ends one; terminal or not
+            model        h, z ─────────┴──▶  h, z ─────────┴──▶  h, z
+
+          h_t = f(h_{t-1}, z_{t-1}, a_{t-1});  z_t ~ q(z | h_t, x_t) when x_t is seen (posterior), z_t ~ p(z | h_t) in
+          dreams (prior). The heads at t predict r_t and whether x_t was terminal; the return at t begins with r_{t+1}.
+
+Deviations from the reference, each marked at its line:
+  - replay stores deter as bfloat16 and stoch as uint8 class indices (8 to 20 times smaller than float32);
+  - samples are drawn by inverse CDF from uniform noise that is made ahead, so that a run can be replayed exactly;
+  - the presets of suites that the reference has none for (CartPole's above all) carry values of our own, see PRESETS.
+"""
+import argparse
+import collections
+import dataclasses
+import importlib
+import io
+import json
+import os
+import platform
+import random
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+
+
+class InputError(ValueError):
+    """Something that the user gave cannot be used; the message says what it was and what to do instead."""
+
+
+# ------------------------------------------------------------------------------------------------- arguments and sizes
+
+
+class Size(NamedTuple):
+    """Widths of the networks; one dial, `--size`, turns them all."""
+    deter: int  # D, recurrent state
+    hidden: int  # width of the layers inside the RSSM
+    classes: int  # C, classes of each latent
+    depth: int  # channels of the CNN are multiples of it
+    units: int  # U, width of the MLPs
+    latents: int = 32  # S
+    blocks: int = 8  # G
+
+
+SIZES = {
+    "1m": Size(512, 64, 4, 4, 64),
+    "12m": Size(2048, 256, 16, 16, 256),
+    "25m": Size(3072, 384, 24, 24, 384),
+    "50m": Size(4096, 512, 32, 32, 512),
+    "100m": Size(6144, 768, 48, 48, 768),
+    "200m": Size(8192, 1024, 64, 64, 1024),
+    "400m": Size(12288, 1536, 96, 96, 1536),
+}
+
+# Values that a suite sets when its flags are not given. Reference: the author's configs.yaml at e3f0224. "ours" marks
+# what the reference does not have; everything else, and every value not named here, is the reference's.
+PRESETS: dict[str, dict[str, Any]] = {
+    "atari": dict(size="200m", num_envs=1, train_ratio=256, total_timesteps=100_000),  # Atari 100k: 4 frames a step
+    "dmc_vector": dict(size="1m", num_envs=16, train_ratio=1024, total_timesteps=1_000_000),
+    "dmc_pixels": dict(size="200m", num_envs=16, train_ratio=256, total_timesteps=1_000_000),
+    "box2d_pixels": dict(size="12m", num_envs=8, train_ratio=128, total_timesteps=500_000),  # ours
+    "mujoco": dict(size="1m", num_envs=16, train_ratio=512, total_timesteps=1_000_000),  # ours, after dmc_vector
+    "classic_control": dict(  # ours: minutes on two CPU cores
+        size="1m", num_envs=4, train_ratio=64, total_timesteps=15_000, batch_size=8, batch_length=32,
+        learning_rate=1e-3, warmup=100, video_every=5_000, eval_episodes=20,
+    ),
+    "other": dict(size="12m", num_envs=4, train_ratio=128, total_timesteps=500_000),  # ours
+}
+
+
+def suite_of(env_id: str, pixels: bool = False) -> str:
+    """Name of the preset for an environment id."""
+    spec = gym.registry.get(env_id)
+    entry = str(spec.entry_point) if spec else ""
+    if env_id.startswith("ALE/"):
+        return "atari"
+    if env_id.startswith("dm_control/"):
+        return "dmc_pixels" if pixels else "dmc_vector"
+    if env_id.startswith("CarRacing"):
+        return "box2d_pixels"
+    if pixels:
+        return "other"
+    return next((name for name in ("mujoco", "classic_control") if f"envs.{name}" in entry), "other")
+
+
+@dataclasses.dataclass
+class Args:
+    exp_name: str = "dreamer"
+    """name of the experiment, part of the run's name"""
+    seed: int = 1
+    """seed of the environments, the networks, the replay and the noise"""
+    torch_deterministic: bool = True
+    """make cuDNN choose deterministic kernels"""
+    cuda: bool = True
+    """use the GPU if there is one"""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """number format of the computation (parameters and losses stay float32); auto: bfloat16 on CUDA, float32 on CPU"""
+    threads: int = 0
+    """CPU threads of PyTorch; 0 takes half of the cores, since with all of them any other process stalls every layer"""
+    track: bool = False
+    """also log to Weights & Biases"""
+    wandb_project_name: str = "dreamer"
+    """project on Weights & Biases"""
+    wandb_entity: str | None = None
+    """team on Weights & Biases"""
+    capture_video: bool = False
+    """record episodes of the first environment as videos/{run_name}/*.mp4 (needs moviepy)"""
+    video_every: int = 10_000
+    """steps between pictures of what the model dreams against what happened; 0 turns them off"""
+    log_every: int = 500
+    """steps between records of losses and speeds"""
+    save_model: bool = True
+    """save agent.pt and replay.pt in the run's folder at the end and on interruption"""
+    checkpoint_every: int = 0
+    """steps between further saves during the run; 0 saves only at the end"""
+    resume: str = ""
+    """folder of a run to go on with; flags given beside it override the saved ones"""
+    evaluate: str = ""
+    """folder of a run whose saved agent is played for eval_episodes and not trained"""
+    eval_episodes: int = 10
+    """episodes of an evaluation"""
+    eval_every: int = 0
+    """steps between evaluations during the run; 0 evaluates only at the end"""
+    deterministic: bool = False
+    """evaluate with the most likely latents and actions; the reference samples both"""
+
+    env_id: str = "CartPole-v1"
+    """Gymnasium id of the environment; `module:id` imports the module first"""
+    pixels: bool = False
+    """observe rendered frames instead of the environment's own observation"""
+    image_size: int = 64
+    """side in pixels to which images are resized: a multiple of 16 from 48 to 256"""
+    num_envs: int = 16
+    """environments stepped together"""
+    vectorization: Literal["auto", "sync", "async"] = "auto"
+    """step environments in this process or in one process each; auto: async if a step takes over a millisecond"""
+    total_timesteps: int = 1_000_000
+    """environment steps of the run, over all environments"""
+
+    size: Literal["1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "12m"
+    """size of the model, named by its parameters"""
+    buffer_size: int = 5_000_000
+    """steps that the replay holds over all environments (it takes memory as it fills)"""
+    batch_size: int = 16
+    """sequences in a batch"""
+    batch_length: int = 64
+    """steps in a sequence"""
+    train_ratio: float = 32.0
+    """steps replayed for every environment step; updates per step are train_ratio / (batch_size * batch_length)"""
+    learning_rate: float = 4e-5
+    """step size of LaProp"""
+    warmup: int = 1000
+    """updates over which the step size rises linearly from zero"""
+    agc: float = 0.3
+    """adaptive gradient clipping: a tensor's gradient may have this fraction of the tensor's own norm"""
+    imagination_horizon: int = 15
+    """steps of a dream"""
+    gamma: float = 1 - 1 / 333
+    """discount, learned as part of the continue prediction"""
+    return_lambda: float = 0.95
+    """lambda of the returns: 0 trusts the critic after one step, 1 only at the horizon"""
+    ent_coef: float = 3e-4
+    """weight of the policy's entropy"""
+    tau: float = 0.02
+    """fraction by which the slow critic follows the critic after every update"""
+    free_nats: float = 1.0
+    """nats of KL, summed over the latents, below which dynamics and representation are not pushed"""
+    dyn_scale: float = 1.0
+    """weight of the loss that moves the prior to the posterior"""
+    rep_scale: float = 0.1
+    """weight of the loss that moves the posterior to the prior"""
+    repval_scale: float = 0.3
+    """weight of the critic's loss on replayed sequences"""
+
+    @classmethod
+    def preset(cls, env_id: str, pixels: bool = False, **overrides: Any) -> "Args":
+        """Arguments for an environment id: the reference's, its suite's on top, `overrides` on top of both."""
+        return cls(**{"env_id": env_id, "pixels": pixels, **PRESETS[suite_of(env_id, pixels)], **overrides})
+
+    def check(self) -> None:
+        """Raises InputError for values that no run could use."""
+        if self.size not in SIZES:
+            raise InputError(f"size {self.size!r} does not exist: choose one of {', '.join(SIZES)}")
+        if self.image_size % 16 or not 48 <= self.image_size <= 256:
+            raise InputError(f"image_size {self.image_size} does not fit the CNN: take a multiple of 16 from 48 to 256")
+        for name in ("num_envs", "total_timesteps", "batch_size", "imagination_horizon", "eval_episodes", "log_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)} must be at least 1")
+        if self.batch_length < 2:
+            raise InputError(f"batch_length {self.batch_length} must be at least 2: the replay loss needs a next step")
+        rows = self.buffer_size // self.num_envs
+        if self.batch_length + 1 > rows:
+            raise InputError(
+                f"batch_length {self.batch_length} is longer than the buffer, which holds {rows} steps of each of "
+                f"{self.num_envs} environments: raise buffer_size to {(self.batch_length + 1) * self.num_envs} or more"
+            )
+
+
+# --------------------------------------------------------------------------------------------------------- environments
+
+FAMILIES = {  # beginning of an id: (module that registers it, what to install)
+    "ALE/": ("ale_py", "ale-py==0.12.1 opencv-python-headless"),
+    "dm_control/": ("shimmy", '"shimmy[dm-control]" "mujoco<4" packaging'),
+    "MiniGrid-": ("minigrid", '"minigrid>=3.1,<4"'),
+    "BabyAI-": ("minigrid", '"minigrid>=3.1,<4"'),
+    "MinAtar/": ("minatar.gym", "minatar==1.0.15"),
+    "popgym-": ("popgym", "popgym==1.0.7"),
+    "tetris_gymnasium/": ("tetris_gymnasium.envs", "opencv-python-headless && pip install --no-deps tetris-gymnasium"),
+}
+EXTRAS = {  # part of an entry point or of a complaint: what to install
+    "box2d": '"gymnasium[box2d]"', "mujoco": '"gymnasium[mujoco]" "mujoco<4"', "pygame": '"gymnasium[classic-control]"',
+    "opencv": "opencv-python-headless", "moviepy": "moviepy", "classic_control": '"gymnasium[classic-control]"',
+}
+
+
+def gym_make(env_id: str, **kwargs: Any) -> gym.Env:
+    """gym.make that imports what an id needs; raises InputError with the line to install it, or for an unknown id."""
+    for prefix, (module, packages) in FAMILIES.items():
+        if env_id.startswith(prefix):
+            try:
+                imported = importlib.import_module(module)
+            except ImportError as error:
+                raise InputError(f"{env_id} needs a package that is missing ({error}): pip install {packages}") from None
+            if hasattr(imported, "register_envs"):  # MinAtar registers on request
+                imported.register_envs()
+    try:
+        return gym.make(env_id, **kwargs)
+    except (gym.error.DependencyNotInstalled, ImportError) as error:
+        spec = gym.registry.get(env_id)
+        where = f"{spec.entry_point if spec else ''} {error}"
+        packages = next((packages for part, packages in EXTRAS.items() if part in where.lower()), "its package")
+        raise InputError(f"{env_id} needs a package that is missing: pip install {packages}") from None
+    except gym.error.Error as error:
+        raise InputError(f"env_id {env_id!r} cannot be made: {str(error).strip().rstrip('.')}") from None
+
+
+def make_env(env_id: str, idx: int, capture_video: bool, run_name: str, pixels: bool = False, image_size: int = 64):
+    """CleanRL's thunk: a function without arguments that makes environment number `idx` of a run.
+
+    Environment 0 records its episodes under videos/{run_name} if `capture_video`. `pixels` replaces the observation by
+    rendered frames. ALE ids get the preprocessing of Atari 100k, MiniGrid ids coloured tiles in place of object codes.
+    """
+
+    def thunk() -> gym.Env:
+        kwargs: dict[str, Any] = {"render_mode": "rgb_array"} if pixels or (capture_video and idx == 0) else {}
+        if env_id.startswith("ALE/"):  # no sticky actions, the game's own actions; the wrapper below repeats them
+            kwargs |= dict(frameskip=1, repeat_action_probability=0.0, full_action_space=False)
+        if env_id.startswith("dm_control/") and pixels:
+            kwargs |= dict(render_kwargs=dict(height=image_size, width=image_size, camera_id=0))
+        env = gym_make(env_id, **kwargs)
+        try:
+            if capture_video and idx == 0:
+                env = gym.wrappers.RecordVideo(env, f"videos/{run_name}", disable_logger=True)
+            if pixels:
+                env.reset()  # some environments render only after a reset
+                env = gym.wrappers.AddRenderObservation(env, render_only=True)
+            if env_id.startswith("ALE/"):  # 30 no-ops, repeat 4 with the maximum of the last two frames, colour
+                env = gym.wrappers.AtariPreprocessing(env, noop_max=30, frame_skip=4, screen_size=image_size,
+                                                      grayscale_obs=False)
+        except gym.error.DependencyNotInstalled as error:
+            packages = next((packages for part, packages in EXTRAS.items() if part in str(error).lower()), "its package")
+            raise InputError(f"this needs a package that is missing: pip install {packages}") from None
+        if env_id.startswith(("MiniGrid-", "BabyAI-")) and not pixels:
+            env = importlib.import_module("minigrid.wrappers").RGBImgPartialObsWrapper(env, tile_size=8)
+        if isinstance(env.observation_space, gym.spaces.Dict):  # text is no observation for a CNN or an MLP
+            text = [k for k, v in env.observation_space.items() if isinstance(v, gym.spaces.Text)]
+            if text and idx == 0:
+                print(f"{env_id}: text observations {text} are left out")
+            if text:
+                env = gym.wrappers.FilterObservation(env, [k for k in env.observation_space if k not in text])
+        env.action_space.seed(idx)
+        return env
+
+    return thunk
+
+
+def make_vector_env(args: Args, num_envs: int, run_name: str, capture_video: bool = False) -> gym.vector.VectorEnv:
+    """`num_envs` environments that reset themselves: the step after the last of an episode ignores its action and
+    returns the first observation of the next with reward 0 (NEXT_STEP), just what the replay wants to see."""
+    thunks = [make_env(args.env_id, i, capture_video, run_name, args.pixels, args.image_size) for i in range(num_envs)]
+    mode = args.vectorization
+    if mode == "auto":
+        mode = "async" if num_envs > 1 and step_seconds(args) > 1e-3 else "sync"
+    if mode == "async":  # MuJoCo's GL contexts do not survive a fork
+        context = "spawn" if args.pixels and sys.platform != "win32" else None
+        return gym.vector.AsyncVectorEnv(thunks, context=context, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
+    return gym.vector.SyncVectorEnv(thunks, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
+
+
+def step_seconds(args: Args, steps: int = 20) -> float:
+    """Median time of one environment step with random actions."""
+    env = make_env(args.env_id, -1, False, "", args.pixels, args.image_size)()
+    env.reset(seed=0)
+    times = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        _, _, terminated, truncated, _ = env.step(env.action_space.sample())
+        times.append(time.perf_counter() - start)
+        if terminated or truncated:
+            env.reset()
+    env.close()
+    return float(np.median(times))
+
+
+def leaves(tree: Any, path: str = "") -> dict[str, Any]:
+    """Leaves of nested dicts and tuples by path, for spaces and for batches alike: {"a": (x, y)} → {"a/0": x, "a/1": y}.
+    A tree that is a leaf itself is called "obs"."""
+    if isinstance(tree, (dict, gym.spaces.Dict)):
+        items = list(tree.items())
+    elif isinstance(tree, (tuple, gym.spaces.Tuple)):
+        items = [(str(i), branch) for i, branch in enumerate(tree)]
+    else:
+        return {path or "obs": tree}
+    return {k: v for name, branch in items for k, v in leaves(branch, f"{path}/{name}" if path else name).items()}
+
+
+class Leaf(NamedTuple):
+    """One observation key as the networks see it."""
+    kind: str  # "image" (H, W, C) uint8 · "vector" (n,) float32 · "discrete" (n,) int64 with `classes`
+    shape: tuple[int, ...]
+    classes: tuple[int, ...] = ()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format in the replay."""
+        return {"image": torch.uint8, "vector": torch.float32, "discrete": torch.int64}[self.kind]
+
+
+def classes_of(space: gym.Space) -> tuple[int, ...] | None:
+    """Numbers of choices of a Discrete, MultiDiscrete or MultiBinary space; None for any other."""
+    if isinstance(space, gym.spaces.Discrete):
+        return (int(space.n),)
+    if isinstance(space, gym.spaces.MultiDiscrete):
+        return tuple(int(n) for n in space.nvec.ravel())
+    return (2,) * int(np.prod(space.shape)) if isinstance(space, gym.spaces.MultiBinary) else None
+
+
+class ObservationCodec:
+    """Turns batches of any supported Gymnasium observation into dicts of arrays (B, *leaf.shape).
+
+    Images are uint8 or bool boxes H×W or H×W×1..4 with more than 4 pixels a side; they become image_size × image_size
+    pixels of 0..255. All other boxes are vectors. Raises InputError for spaces that it cannot use.
+    """
+
+    def __init__(self, space: gym.Space, image_size: int):
+        self.spaces, self.image_size = leaves(space), image_size
+        self.leaves = {name: self.leaf(name, sub) for name, sub in sorted(self.spaces.items())}
+        if not self.leaves:
+            raise InputError(f"observation space {space} has no usable key: it needs a Box, Discrete, MultiDiscrete or "
+                             "MultiBinary entry, which gymnasium.wrappers.TransformObservation can provide")
+
+    def leaf(self, name: str, space: gym.Space) -> Leaf:
+        if classes := classes_of(space):
+            return Leaf("discrete", (len(classes),), classes)
+        if not isinstance(space, gym.spaces.Box) or 0 in space.shape:
+            raise InputError(f"observation {name!r} is {space}, which is not supported: make it a non-empty Box, Discrete,"
+                             " MultiDiscrete or MultiBinary with gymnasium.wrappers.TransformObservation")
+        pixels = space.dtype in (np.uint8, np.bool_) and len(space.shape) in (2, 3) and min(space.shape[:2]) > 4
+        if pixels and (len(space.shape) == 2 or space.shape[2] <= 4):
+            return Leaf("image", (self.image_size, self.image_size, (*space.shape, 1)[2]))
+        return Leaf("vector", (int(np.prod(space.shape)),))
+
+    def __call__(self, obs: Any) -> dict[str, np.ndarray]:
+        flat = leaves(obs)
+        return {name: self.encode(name, leaf, np.asarray(flat[name])) for name, leaf in self.leaves.items()}
+
+    def encode(self, name: str, leaf: Leaf, x: np.ndarray) -> np.ndarray:
+        if leaf.kind == "image":
+            return self.resize(x, leaf, self.spaces[name])
+        if leaf.kind == "discrete":
+            start = np.asarray(getattr(self.spaces[name], "start", 0)).reshape(-1)
+            return x.reshape(len(x), -1).astype(np.int64) - start
+        x = x.reshape(len(x), -1).astype(np.float32)
+        if not np.isfinite(x).all():
+            raise InputError(f"observation {name!r} holds {x[~np.isfinite(x)][0]}: make the environment return finite "
+                             "numbers, for example with gymnasium.wrappers.TransformObservation")
+        return x
+
+    def resize(self, x: np.ndarray, leaf: Leaf, space: gym.spaces.Box) -> np.ndarray:
+        x = x.reshape(*x.shape[:3], -1)
+        low, high = float(space.low.min()), float(space.high.max())
+        if x.shape[1:] == leaf.shape and (low, high) == (0.0, 255.0):
+            return x
+        pixels = (torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2).float() - low) * (255 / (high - low))
+        mode = "nearest" if max(x.shape[1:3]) <= self.image_size else "area"  # the average of the pixels it covers
+        return F.interpolate(pixels, leaf.shape[:2], mode=mode).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+class ActionCodec:
+    """Maps the flat vectors of the networks (one-hots and raw Gaussian samples) to actions of any supported space.
+
+    `heads` lists ("discrete", classes) or ("continuous", n) by path; `size` is the width A of the flat vector, `noise`
+    the uniform numbers that a sample needs. Raises InputError for unbounded and unsupported spaces.
+    """
+
+    def __init__(self, space: gym.Space):
+        self.space, self.spaces, self.heads = space, leaves(space), {}
+        for name, sub in self.spaces.items():
+            if classes := classes_of(sub):
+                self.heads[name] = ("discrete", classes)
+            elif not isinstance(sub, gym.spaces.Box) or 0 in sub.shape:
+                raise InputError(f"action space {sub} is not supported: use Discrete, Box, MultiDiscrete, MultiBinary, or "
+                                 "a Dict or Tuple of these")
+            elif not (np.isfinite(sub.low).all() and np.isfinite(sub.high).all()):
+                raise InputError(f"action space {sub} is unbounded: give it finite bounds, for example with "
+                                 "gymnasium.wrappers.TransformAction(env, lambda a: a, gymnasium.spaces.Box(-1, 1, shape))")
+            else:
+                self.heads[name] = ("continuous", int(np.prod(sub.shape)))
+        if not self.heads:
+            raise InputError(f"action space {space} is empty: the agent has nothing to choose")
+        self.size = sum(sum(n) if kind == "discrete" else n for kind, n in self.heads.values())
+        self.noise = sum(len(n) if kind == "discrete" else n for kind, n in self.heads.values())
+
+    def decode(self, flat: np.ndarray) -> Any:
+        """(B, A) → a batch of actions as the vector environment expects it."""
+        out, i = {}, 0
+        for name, (kind, n) in self.heads.items():
+            sub = self.spaces[name]
+            if kind == "discrete":
+                bounds = np.cumsum((i, *n))
+                choice = [flat[:, a:b].argmax(-1) for a, b in zip(bounds, bounds[1:])]
+                value = np.stack(choice, -1).reshape(-1, *sub.shape) + getattr(sub, "start", 0)
+                i = bounds[-1]
+            else:  # [-1, 1] → [low, high]; the raw sample may lie outside
+                unit = (np.clip(flat[:, i : i + n], -1, 1).astype(np.float64).reshape(-1, *sub.shape) + 1) / 2
+                value = sub.low + unit * (sub.high.astype(np.float64) - sub.low)
+                value = value.round() if np.issubdtype(sub.dtype, np.integer) else value
+                i += n
+            out[name] = value.astype(sub.dtype)
+        return self.nest(self.space, out)
+
+    def nest(self, space: gym.Space, flat: dict[str, np.ndarray], path: str = "") -> Any:
+        prefix = f"{path}/" if path else ""
+        if isinstance(space, gym.spaces.Dict):
+            return {k: self.nest(sub, flat, prefix + k) for k, sub in space.items()}
+        if isinstance(space, gym.spaces.Tuple):
+            return tuple(self.nest(sub, flat, prefix + str(i)) for i, sub in enumerate(space))
+        return flat[path or "obs"]
+
+
+# --------------------------------------------------------------------------------------------------------------- replay
+
+
+class ReplayBuffer:
+    """A ring of the last `capacity` steps, split evenly over the environments, that yields windows of T + 1 steps.
+
+    The first step of a window is context: its stored latent and action start the recurrence, the other T are trained on.
+    Windows start anywhere, cross episode boundaries and never the write head. Fresh windows, each environment's one
+    after the other without overlap, are served once before uniform draws (the online queue).
+    """
+
+    def __init__(self, capacity: int, num_envs: int, batch_length: int, specs: dict[str, tuple], seed: int = 0):
+        """specs: name → (shape, dtype) of one step."""
+        self.rows, self.num_envs, self.window = capacity // num_envs, num_envs, batch_length + 1
+        if self.window > self.rows:
+            raise InputError(f"batch_length {batch_length} is longer than the buffer ({self.rows} steps an environment)")
+        # torch.empty takes memory only as rows are written
+        self.data = {k: torch.empty((num_envs, self.rows, *shape), dtype=dtype) for k, (shape, dtype) in specs.items()}
+        self.count = 0  # steps ever added to each environment's stream; step i lives in row i % rows
+        self.online: collections.deque[tuple[int, int]] = collections.deque()  # (environment, first step)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return self.num_envs * min(self.count, self.rows)
+
+    @property
+    def bytes_per_step(self) -> int:
+        return sum(x[0, 0].nbytes for x in self.data.values())
+
+    def add(self, step: dict[str, Any]) -> None:
+        """Writes one step of every environment: name → (num_envs, …)."""
+        assert step.keys() == self.data.keys(), (sorted(step), sorted(self.data))
+        for name, value in step.items():
+            self.data[name][:, self.count % self.rows] = torch.as_tensor(value).to(self.data[name].dtype)
+        self.count += 1
+        if self.count % self.window == 0:
+            self.online.extend((env, self.count - self.window) for env in range(self.num_envs))
+
+    def sample(self, batch_size: int) -> dict[str, torch.Tensor]:
+        """name → (B, T + 1, …), plus "env" (B,) and "row" (B, T + 1), the places that write_back fills.
+
+        Raises InputError while no environment has a whole window.
+        """
+        oldest, newest = max(0, self.count - self.rows), self.count - self.window
+        if newest < oldest:
+            raise InputError(f"the replay holds {self.count} steps an environment, a window needs {self.window}")
+        env = torch.randint(self.num_envs, (batch_size,), generator=self.generator)
+        start = torch.randint(oldest, newest + 1, (batch_size,), generator=self.generator)
+        for i in range(batch_size):
+            while self.online and self.online[0][1] < oldest:
+                self.online.popleft()  # overwritten before its turn
+            if not self.online:
+                break
+            env[i], start[i] = self.online.popleft()
+        row = (start[:, None] + torch.arange(self.window)) % self.rows
+        batch = {k: x[env[:, None], row] for k, x in self.data.items()}
+        return {**batch, "env": env, "row": row}
+
+    def write_back(self, batch: dict[str, torch.Tensor], **fresh: torch.Tensor) -> None:
+        """Replaces the T trained steps of a sampled batch by `fresh` values (B, T, …), the latents of newer weights."""
+        for name, value in fresh.items():
+            self.data[name][batch["env"][:, None], batch["row"][:, 1:]] = value.to("cpu", self.data[name].dtype)
+
+    def state_dict(self) -> dict[str, Any]:
+        size = min(self.count, self.rows)
+        return {"data": {k: x[:, :size].clone() for k, x in self.data.items()}, "count": self.count,
+                "online": list(self.online), "rows": self.rows, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores a saved ring; raises InputError if it was saved with another capacity or number of environments."""
+        saved = {k: tuple(x.shape[2:]) for k, x in state["data"].items()}
+        if saved != {k: tuple(x.shape[2:]) for k, x in self.data.items()} or state["rows"] != self.rows or \
+                next(iter(state["data"].values())).shape[0] != self.num_envs:
+            raise InputError("the saved replay has another layout: resume with the same environment, size, num_envs, "
+                             "buffer_size and total_timesteps no larger than buffer_size")
+        for name, value in state["data"].items():
+            self.data[name][:, : value.shape[1]] = value
+        self.count, self.online = state["count"], collections.deque(tuple(x) for x in state["online"])
+        self.generator.set_state(state["generator"])
+        if self.count:  # the environments start anew, so the streams break off here
+            self.data["is_last"][:, (self.count - 1) % self.rows] = True
+
+
+# --------------------------------------------------------------------------------------------------- robust predictions
+
+
+def symlog(x: torch.Tensor) -> torch.Tensor:
+    """sign(x) · ln(1 + |x|): squashes large values of either sign (paper, section "Robust predictions")."""
+    return torch.sign(x) * torch.log1p(torch.abs(x))
+
+
+def symexp(x: torch.Tensor) -> torch.Tensor:
+    """sign(x) · (exp(|x|) − 1), the inverse of symlog."""
+    return torch.sign(x) * torch.expm1(torch.abs(x))
+
+
+class SymexpTwoHot:
+    """A number predicted as a categorical over 255 exponentially spaced values: logits (…, 255).
+
+    Any scale of rewards and returns fits, and the size of the gradient does not depend on the size of the target.
+    """
+
+    def __init__(self, logits: torch.Tensor):
+        self.logits = logits.float()
+        half = symexp(torch.linspace(-20, 0, (logits.shape[-1] + 1) // 2, device=logits.device))
+        self.bins = torch.cat([half, -half[:-1].flip(0)])  # exactly antisymmetric
+
+    def pred(self) -> torch.Tensor:
+        """Mean (…). Bins of opposite sign are summed in pairs, so that zero logits give exactly 0."""
+        probs, middle = self.logits.softmax(-1), self.bins.shape[0] // 2
+        return ((probs[..., middle + 1 :] - probs[..., :middle].flip(-1)) * self.bins[middle + 1 :]).sum(-1)
+
+    def loss(self, target: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy (…) to `target` (…), split between its neighbouring bins linearly in raw (not symlog) space."""
+        target = target.float().clamp(self.bins[0], self.bins[-1])
+        below = (torch.searchsorted(self.bins, target, right=True) - 1).clamp(0, self.bins.shape[0] - 2)
+        low, high = self.bins[below], self.bins[below + 1]
+        weight = (target - low) / (high - low)
+        logp = self.logits.log_softmax(-1)
+        logp_low, logp_high = (logp.gather(-1, i[..., None])[..., 0] for i in (below, below + 1))
+        return -(1 - weight) * logp_low - weight * logp_high
+
+
+class OneHot:
+    """Categorical over one-hot vectors (…, C), mixed with `unimix` of the uniform distribution; see RSSM and Actor."""
+
+    def __init__(self, logits: torch.Tensor, unimix: float = 0.0):
+        self.logp = logits.float().log_softmax(-1)
+        self.probs = self.logp.exp()
+        if unimix:  # keeps every class possible, so that log-probabilities and KL stay bounded
+            self.probs = (1 - unimix) * self.probs + unimix / logits.shape[-1]
+            self.logp = self.probs.log()
+
+    def sample(self, uniform: torch.Tensor | None) -> torch.Tensor:
+        """One-hot sample by inverse CDF from `uniform` (…) in [0, 1), the mode for None. Straight-through gradient."""
+        if uniform is None:
+            index = self.probs.argmax(-1)
+        else:
+            index = (self.probs.detach().cumsum(-1) <= uniform[..., None]).sum(-1).clamp(max=self.probs.shape[-1] - 1)
+        onehot = (index[..., None] == torch.arange(self.probs.shape[-1], device=index.device)).float()
+        return onehot + self.probs - self.probs.detach()
+
+    def log_prob(self, onehot: torch.Tensor) -> torch.Tensor:
+        return (onehot * self.logp).sum(-1)
+
+    def entropy(self) -> torch.Tensor:
+        return -(self.probs * self.logp).sum(-1)
+
+
+class Normal:
+    """Gaussian over independent dimensions (…, n)."""
+
+    def __init__(self, mean: torch.Tensor, std: torch.Tensor):
+        self.mean, self.std = mean.float(), std.float()
+
+    def sample(self, uniform: torch.Tensor | None) -> torch.Tensor:
+        """Sample by inverse CDF from `uniform` (…, n) in [0, 1), the mean for None."""
+        if uniform is None:
+            return self.mean
+        return self.mean + self.std * torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6))
+
+    def log_prob(self, x: torch.Tensor) -> torch.Tensor:
+        return (-0.5 * ((x - self.mean) / self.std) ** 2 - self.std.log() - 0.5 * np.log(2 * np.pi)).sum(-1)
+
+    def entropy(self) -> torch.Tensor:
+        return (self.std.log() + 0.5 * np.log(2 * np.pi * np.e)).sum(-1)
+
+
+# --------------------------------------------------------------------------------------------------------------- layers
+
+
+def init_weight(weight: torch.Tensor, fan_in: int, outscale: float = 1.0) -> None:
+    """Truncated normal (±2σ) of variance outscale² / fan_in; 1.1368 makes up for what the truncation takes away."""
+    nn.init.trunc_normal_(weight, std=1.0, a=-2.0, b=2.0)
+    weight.data.mul_(1.1368 * outscale / fan_in**0.5)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) over the last axis, in float32, with a learned scale and no shift."""
+
+    def __init__(self, size: int, eps: float = 1e-4):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class Linear(nn.Linear):
+    def __init__(self, inputs: int, outputs: int, outscale: float = 1.0):
+        super().__init__(inputs, outputs)
+        init_weight(self.weight, inputs, outscale)
+        nn.init.zeros_(self.bias)
+
+
+class BlockLinear(nn.Module):
+    """`blocks` independent linear layers: block g maps its slice of x (…, inputs) and all of `shared` (…, shared).
+
+    Passing `shared` equals repeating it to every block and concatenating, without the copies.
+    """
+
+    def __init__(self, inputs: int, outputs: int, blocks: int, shared: int = 0):
+        super().__init__()
+        self.own = inputs // blocks
+        self.weight = nn.Parameter(torch.empty(blocks, self.own + shared, outputs // blocks))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        init_weight(self.weight, inputs + blocks * shared)  # the reference counts the inputs of all blocks
+
+    def forward(self, x: torch.Tensor, shared: torch.Tensor | None = None) -> torch.Tensor:
+        """(N, inputs), (N, shared) → (N, outputs)."""
+        blocks = self.weight.shape[0]
+        y = torch.bmm(x.unflatten(-1, (blocks, self.own)).transpose(0, 1), self.weight[:, : self.own])  # (G, N, out/G)
+        if shared is not None:
+            y = torch.baddbmm(y, shared.expand(blocks, -1, -1), self.weight[:, self.own :])
+        return y.transpose(0, 1).flatten(1) + self.bias
+
+
+class Layer(nn.Sequential):
+    """Linear → RMSNorm → SiLU, the unit that most of the networks consist of."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(Linear(inputs, outputs), RMSNorm(outputs), nn.SiLU())
+
+
+class MLP(nn.Sequential):
+    """`layers` layers of `units`, then, if `outputs` is given, a linear layer scaled by `outscale`."""
+
+    def __init__(self, inputs: int, units: int, layers: int, outputs: int | None = None, outscale: float = 1.0):
+        modules = [Layer(inputs if i == 0 else units, units) for i in range(layers)]
+        super().__init__(*modules, *([Linear(units, outputs, outscale)] if outputs else []))
+
+
+class Conv(nn.Module):
+    """5×5 convolution that keeps the resolution of images (N, H, W, C)."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, 5, padding=2)
+        init_weight(self.conv.weight, 25 * inputs)
+        nn.init.zeros_(self.conv.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # views only: the memory stays channels-last
+
+
+# ---------------------------------------------------------------------------------------------------------- world model
+
+
+class Encoder(nn.Module):
+    """Observation dict (N, …) → tokens (N, size): all vectors through one MLP, all images through one CNN."""
+
+    def __init__(self, obs: dict[str, Leaf], size: Size):
+        super().__init__()
+        self.obs, self.images = obs, [k for k, leaf in obs.items() if leaf.kind == "image"]
+        self.vectors = [k for k in obs if k not in self.images]  # both in sorted order
+        self.size = 0
+        if self.vectors:
+            self.mlp = MLP(sum(sum(obs[k].classes) or obs[k].shape[0] for k in self.vectors), size.units, layers=3)
+            self.size += size.units
+        if self.images:
+            depths = [sum(obs[k].shape[-1] for k in self.images), *(size.depth * m for m in (2, 3, 4, 4))]
+            self.convs = nn.ModuleList([Conv(i, o) for i, o in zip(depths, depths[1:])])
+            self.norms = nn.ModuleList([RMSNorm(o) for o in depths[1:]])
+            self.size += (obs[self.images[0]].shape[0] // 16) ** 2 * depths[-1]
+
+    def forward(self, obs: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        tokens = []
+        if self.vectors:
+            x = [self.onehots(obs[k], self.obs[k]) if self.obs[k].classes else symlog(obs[k]) for k in self.vectors]
+            tokens.append(self.mlp(torch.cat(x, -1).to(dtype)))
+        if self.images:
+            x = torch.cat([obs[k] for k in self.images], -1).to(dtype) / 255 - 0.5  # (N, H, W, C)
+            for conv, norm in zip(self.convs, self.norms):  # each halves the resolution by 2×2 max-pooling
+                x = F.max_pool2d(conv(x).permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+                x = F.silu(norm(x))
+            tokens.append(x.flatten(1))
+        return torch.cat(tokens, -1)
+
+    @staticmethod
+    def onehots(index: torch.Tensor, leaf: Leaf) -> torch.Tensor:
+        """(N, n) class indices → (N, sum of classes)."""
+        return torch.cat([F.one_hot(i, n) for i, n in zip(index.long().unbind(-1), leaf.classes)], -1).float()
+
+
+class Decoder(nn.Module):
+    """(deter, stoch) → a reconstruction of every observation key, images in [0, 1], vectors in symlog space."""
+
+    def __init__(self, obs: dict[str, Leaf], size: Size):
+        super().__init__()
+        self.obs, self.images = obs, [k for k, leaf in obs.items() if leaf.kind == "image"]
+        self.vectors = [k for k in obs if k not in self.images]
+        stoch = size.latents * size.classes
+        if self.vectors:
+            self.mlp = MLP(size.deter + stoch, size.units, layers=3)
+            outputs = {k: sum(obs[k].classes) or obs[k].shape[0] for k in self.vectors}
+            self.outputs = nn.ModuleDict({k.replace(".", "·"): Linear(size.units, n) for k, n in outputs.items()})
+        if self.images:
+            self.side = obs[self.images[0]].shape[0] // 16
+            depths = [size.depth * m for m in (4, 4, 3, 2)] + [sum(obs[k].shape[-1] for k in self.images)]
+            cells = self.side**2 * depths[0]
+            self.from_deter = BlockLinear(size.deter, cells, size.blocks)
+            self.from_stoch = nn.Sequential(Layer(stoch, 2 * size.units), Linear(2 * size.units, cells))
+            self.convs = nn.ModuleList([Conv(i, o) for i, o in zip(depths, depths[1:])])
+            self.norms = nn.ModuleList([RMSNorm(o) for o in depths[:-1]])
+
+    def forward(self, deter: torch.Tensor, stoch: torch.Tensor) -> dict[str, torch.Tensor]:
+        """(N, D), (N, S, C) → name → image (N, H, W, C), vector (N, n) or logits (N, sum of classes)."""
+        recon, stoch = {}, stoch.flatten(1)
+        if self.vectors:
+            x = self.mlp(torch.cat([deter, stoch], -1))
+            recon = {k: self.outputs[k.replace(".", "·")](x).float() for k in self.vectors}
+        if self.images:
+            groups = self.from_deter(deter).unflatten(-1, (self.from_deter.weight.shape[0], self.side, self.side, -1))
+            x = groups.permute(0, 2, 3, 1, 4).flatten(3)  # block g makes the g-th group of channels
+            x = x + self.from_stoch(stoch).unflatten(-1, x.shape[1:])
+            for norm, conv in zip(self.norms, self.convs):
+                x = F.silu(norm(x)).permute(0, 3, 1, 2)
+                x = conv(F.interpolate(x, scale_factor=2, mode="nearest").permute(0, 2, 3, 1))
+            channels = [self.obs[k].shape[-1] for k in self.images]
+            recon |= dict(zip(self.images, x.float().sigmoid().split(channels, -1)))
+        return recon
+
+    def loss(self, recon: dict[str, torch.Tensor], obs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Reconstruction loss of every key, (N,) each: summed over pixels, components or categories."""
+        losses = {}
+        for k, x in recon.items():
+            if self.obs[k].kind == "image":
+                losses[k] = (x - obs[k].float() / 255).square().sum((1, 2, 3))
+            elif self.obs[k].kind == "vector":
+                losses[k] = (x - symlog(obs[k])).square().sum(-1)
+            else:
+                parts = zip(x.split(self.obs[k].classes, -1), obs[k].long().unbind(-1))
+                losses[k] = sum(F.cross_entropy(logits, index, reduction="none") for logits, index in parts)
+        return losses
+
+
+class RSSM(nn.Module):
+    """Recurrent state-space model: a deterministic path h that remembers, a stochastic z that says what is new.
+
+        sequence   h_t = f(h_{t-1}, z_{t-1}, a_{t-1})        block GRU
+        posterior  z_t ~ q(z_t | h_t, x_t)                   when x_t is seen
+        prior      z_t ~ p(z_t | h_t)                        in dreams
+    """
+
+    def __init__(self, tokens: int, actions: int, size: Size, unimix: float = 0.01):
+        super().__init__()
+        self.size, self.unimix = size, unimix
+        deter, hidden, stoch = size.deter, size.hidden, size.latents * size.classes
+        self.deter_in, self.stoch_in = Layer(deter, hidden), Layer(stoch, hidden)
+        self.action_in = Layer(actions, hidden)
+        self.hidden = BlockLinear(deter, deter, size.blocks, shared=3 * hidden)
+        self.hidden_norm = RMSNorm(deter)
+        self.gates = BlockLinear(deter, 3 * deter, size.blocks)
+        self.prior = MLP(deter, hidden, 2, stoch)
+        self.posterior = MLP(deter + tokens, hidden, 1, stoch)
+
+    def dist(self, logits: torch.Tensor) -> OneHot:
+        return OneHot(logits, self.unimix)
+
+    def initial(self, batch: int, device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Zeros, not learned: deter (B, D), stoch (B, S, C)."""
+        return (torch.zeros(batch, self.size.deter, device=device),
+                torch.zeros(batch, self.size.latents, self.size.classes, device=device))
+
+    def embed(self, action: torch.Tensor) -> torch.Tensor:
+        """Actions (…, A), of any size for raw Gaussian samples, scaled into [-1, 1] elementwise → (…, hidden)."""
+        return self.action_in((action / action.abs().clamp(min=1).detach()).to(self.gates.weight.dtype))
+
+    def core(self, deter: torch.Tensor, stoch: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        """(B, D), (B, S, C), embedded action (B, hidden) → next deter (B, D)."""
+        x = torch.cat([self.deter_in(deter), self.stoch_in(stoch.flatten(1)), action], -1)
+        x = F.silu(self.hidden_norm(self.hidden(deter, x)))
+        gates = self.gates(x).unflatten(-1, (self.size.blocks, 3, -1))  # every block holds its own three gates
+        reset, cand, update = (g.flatten(1) for g in gates.unbind(2))
+        cand = torch.tanh(torch.sigmoid(reset) * cand)
+        update = torch.sigmoid(update - 1)  # the −1 makes forgetting slow at the start
+        # hₜ = uₜ · cₜ + (1 − uₜ) · hₜ₋₁
+        return torch.lerp(deter, cand, update)
+
+    def img_step(self, deter: torch.Tensor, stoch: torch.Tensor, action: torch.Tensor,
+                 noise: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """One dreamed step: state and action (B, A) at t-1, uniform noise (B, S) or None for modes → state at t."""
+        deter = self.core(deter, stoch, self.embed(action))
+        return deter, self.dist(self.logits(self.prior, deter)).sample(noise).to(deter.dtype)
+
+    def obs_step(self, deter: torch.Tensor, stoch: torch.Tensor, action: torch.Tensor, tokens: torch.Tensor,
+                 keep: torch.Tensor, noise: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One observed step: state at t-1, embedded action, tokens at t, keep (B, 1) = not is_first → state, logits at t."""
+        deter = self.core(deter * keep, stoch * keep[..., None], action)
+        logits = self.logits(self.posterior, torch.cat([deter, tokens], -1))
+        return deter, self.dist(logits).sample(noise).to(deter.dtype), logits
+
+    def logits(self, net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return net(x).unflatten(-1, (self.size.latents, self.size.classes)).float()
+
+    def observe(self, deter: torch.Tensor, stoch: torch.Tensor, tokens: torch.Tensor, prev_action: torch.Tensor,
+                is_first: torch.Tensor, noise: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        """Filters a sequence: state before it, tokens (B, T, E), prev_action (B, T, A), is_first (B, T), noise (B, T, S).
+
+        Where is_first, state and action are zeroed: what came before belongs to another episode.
+        Returns deter (B, T, D), stoch (B, T, S, C), posterior logits (B, T, S, C).
+        """
+        keep = (~is_first)[..., None].to(tokens.dtype)
+        actions = self.embed(prev_action * keep).unbind(1)
+        noises = [None] * len(actions) if noise is None else noise.unbind(1)
+        deter, stoch, states = deter.to(tokens.dtype), stoch.to(tokens.dtype), []
+        for inputs in zip(actions, tokens.unbind(1), keep.unbind(1), noises):
+            deter, stoch, logits = self.obs_step(deter, stoch, *inputs)
+            states.append((deter, stoch, logits))
+        return tuple(torch.stack(x, 1) for x in zip(*states))
+
+    def imagine(self, deter: torch.Tensor, stoch: torch.Tensor, policy: Any, horizon: int,
+                noise: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        """Dreams from states (N, …): `policy(deter, stoch, t)` gives the action (N, A) at step t; noise (N, H, S).
+
+        Returns deter (N, H + 1, D) and stoch (N, H + 1, S, C) with the start in front, and actions (N, H, A).
+        """
+        states, actions = [(deter, stoch)], []
+        for t in range(horizon):
+            actions.append(policy(deter, stoch, t))
+            deter, stoch = self.img_step(deter, stoch, actions[-1], None if noise is None else noise[:, t])
+            states.append((deter, stoch))
+        deters, stochs = zip(*states)
+        return torch.stack(deters, 1), torch.stack(stochs, 1), torch.stack(actions, 1)
+
+    def kl_loss(self, post: torch.Tensor, prior: torch.Tensor, free: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (…, S, C) of both → dyn (…), which moves only the prior, and rep (…), which moves only the posterior."""
+        # KL(p‖q) = Σ p · (ln p − ln q), over all latents; free nats come off the sum
+        dyn, rep = (
+            (p.probs * (p.logp - q.logp)).sum((-2, -1)).clamp(min=free)
+            for p, q in ((self.dist(post.detach()), self.dist(prior)), (self.dist(post), self.dist(prior.detach())))
+        )
+        return dyn, rep
+
+
+class WorldModel(nn.Module):
+    """Everything that learns from real experience alone: encoder, RSSM, decoder, reward and continue heads."""
+
+    def __init__(self, obs: dict[str, Leaf], actions: int, size: Size):
+        super().__init__()
+        self.encoder, self.decoder = Encoder(obs, size), Decoder(obs, size)
+        self.rssm = RSSM(self.encoder.size, actions, size)
+        feat = size.deter + size.latents * size.classes
+        self.reward = MLP(feat, size.units, 1, 255, outscale=0.0)  # starts by predicting 0
+        self.cont = MLP(feat, size.units, 1, 1)
+
+    def encode(self, obs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """name → (B, T, …) to tokens (B, T, E), computed in the number format of the weights."""
+        batch, length = next(iter(obs.values())).shape[:2]
+        dtype = self.rssm.gates.weight.dtype
+        return self.encoder({k: x.flatten(0, 1) for k, x in obs.items()}, dtype).unflatten(0, (batch, length))
+
+    def loss(self, batch: dict[str, Any], noise: torch.Tensor | None, gamma: float, free_nats: float):
+        """Losses (B, T) of a batch as Dreamer.forward lays it out; also the states, and scalar metrics."""
+        deter, stoch, post = self.rssm.observe(*batch["carry"], self.encode(batch["obs"]), batch["prev_action"],
+                                               batch["is_first"], noise)
+        prior = self.rssm.logits(self.rssm.prior, deter)
+        feat = features(deter, stoch)
+        losses, (b, t) = {}, deter.shape[:2]
+        losses["dyn"], losses["rep"] = self.rssm.kl_loss(post, prior, free_nats)
+        recon = self.decoder(deter.flatten(0, 1), stoch.flatten(0, 1))
+        parts = self.decoder.loss(recon, {k: x.flatten(0, 1) for k, x in batch["obs"].items()})
+        losses["rec"] = sum(parts.values()).unflatten(0, (b, t))
+        losses["rew"] = SymexpTwoHot(self.reward(feat)).loss(batch["reward"])
+        # the discount is part of the continue target, so dreams need no γ of their own
+        target = (~batch["is_terminal"]).float() * gamma
+        losses["con"] = F.binary_cross_entropy_with_logits(self.cont(feat)[..., 0].float(), target, reduction="none")
+        metrics = {f"rec_{k}": x.mean() for k, x in parts.items()} if len(parts) > 1 else {}
+        metrics["prior_entropy"] = self.rssm.dist(prior).entropy().sum(-1).mean()
+        metrics["posterior_entropy"] = self.rssm.dist(post).entropy().sum(-1).mean()
+        return losses, (deter, stoch, post), metrics
+
+    @torch.no_grad()
+    def dream(self, batch: dict[str, Any], context: int, noise: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Reconstructs `context` steps, then predicts the rest from the actions alone: name → (B, T, …) as in Decoder."""
+        seen = [x[:, :context] for x in (batch["prev_action"], batch["is_first"], noise)]
+        obs = {k: x[:, :context] for k, x in batch["obs"].items()}
+        deter, stoch, _ = self.rssm.observe(*batch["carry"], self.encode(obs), *seen)
+        actions, rest = batch["prev_action"][:, context:], noise[:, context:]
+        later = self.rssm.imagine(deter[:, -1], stoch[:, -1], lambda h, z, t: actions[:, t], actions.shape[1], rest)
+        deter, stoch = (torch.cat([a, b[:, 1:]], 1) for a, b in zip((deter, stoch), later))
+        recon = self.decoder(deter.flatten(0, 1), stoch.flatten(0, 1))
+        return {k: x.unflatten(0, deter.shape[:2]) for k, x in recon.items()}
+
+
+def features(deter: torch.Tensor, stoch: torch.Tensor) -> torch.Tensor:
+    """What heads, actor and critic see: [h, flat z]."""
+    return torch.cat([deter, stoch.flatten(-2)], -1)
+
+
+# --------------------------------------------------------------------------------------------------------- actor-critic
+
+
+class Actor(nn.Module):
+    """Policy π(a | feat), one independent head for every path of the action space."""
+
+    def __init__(self, feat: int, heads: dict[str, tuple[str, Any]], units: int):
+        super().__init__()
+        self.heads, self.mlp, self.outputs = heads, MLP(feat, units, 3), nn.ModuleList()
+        for kind, n in heads.values():
+            sizes = [sum(n)] if kind == "discrete" else [n, n]  # logits, or mean and standard deviation
+            self.outputs.append(nn.ModuleList([Linear(units, size, outscale=0.01) for size in sizes]))
+
+    def forward(self, feat: torch.Tensor) -> "ActionDist":
+        x, dists = self.mlp(feat), []
+        for (kind, n), layers in zip(self.heads.values(), self.outputs):
+            out = [layer(x).float() for layer in layers]
+            if kind == "discrete":
+                dists += [OneHot(logits) for logits in out[0].split(n, -1)]
+            else:
+                dists.append(Normal(torch.tanh(out[0]), 0.9 * torch.sigmoid(out[1] + 2) + 0.1))
+        return ActionDist(dists)
+
+
+class ActionDist:
+    """Independent distributions side by side: their samples concatenated, log-probabilities and entropies summed."""
+
+    def __init__(self, dists: list[OneHot | Normal]):
+        self.dists = dists
+
+    def sample(self, uniform: torch.Tensor | None) -> torch.Tensor:
+        """uniform (…, ActionCodec.noise) → actions (…, A); modes for None."""
+        if uniform is None:
+            return torch.cat([dist.sample(None) for dist in self.dists], -1)
+        sizes = [dist.mean.shape[-1] if isinstance(dist, Normal) else 1 for dist in self.dists]
+        return torch.cat([dist.sample(u if isinstance(dist, Normal) else u[..., 0])
+                          for dist, u in zip(self.dists, uniform.split(sizes, -1))], -1)
+
+    def log_prob(self, action: torch.Tensor) -> torch.Tensor:
+        sizes = [(dist.mean if isinstance(dist, Normal) else dist.probs).shape[-1] for dist in self.dists]
+        return sum(dist.log_prob(a) for dist, a in zip(self.dists, action.split(sizes, -1)))
+
+    def entropy(self) -> torch.Tensor:
+        return sum(dist.entropy() for dist in self.dists)
+
+
+class Critic(nn.Module):
+    """Distribution over the return from feat."""
+
+    def __init__(self, feat: int, units: int):
+        super().__init__()
+        self.mlp = MLP(feat, units, 3, 255, outscale=0.0)
+
+    def forward(self, feat: torch.Tensor) -> SymexpTwoHot:
+        return SymexpTwoHot(self.mlp(feat))
+
+
+def lambda_return(reward: torch.Tensor, value: torch.Tensor, discount: torch.Tensor, lam: Any) -> torch.Tensor:
+    """λ-returns (B, T - 1) of steps 0 … T-2 from (B, T) tensors; `lam` a number or a tensor (paper, eq. 7).
+
+    Everything about the step from t to t+1 is read at t+1: its reward, its discount (0 if terminal), its λ and value.
+    """
+    lam = torch.as_tensor(lam, device=value.device).expand_as(value)
+    # Rₜ = rₜ₊₁ + γₜ₊₁ · ((1 − λₜ₊₁) · Vₜ₊₁ + λₜ₊₁ · Rₜ₊₁),   R_{T-1} = V_{T-1}
+    interim = (reward + discount * (1 - lam) * value).unbind(1)
+    decay = (discount * lam).unbind(1)
+    returns = [value[:, -1]]
+    for t in reversed(range(1, value.shape[1])):
+        returns.append(interim[t] + decay[t] * returns[-1])
+    return torch.stack(returns[:0:-1], 1)
+
+
+class ReturnNormalizer(nn.Module):
+    """Scale of the returns: a moving range between their 5th and 95th percentile, and never less than 1, so that large
+    returns are scaled down but small ones, noise perhaps, are not blown up."""
+
+    def __init__(self, rate: float = 0.01):
+        super().__init__()
+        self.rate = rate
+        self.register_buffer("range", torch.zeros(2))
+        self.register_buffer("percentiles", torch.tensor([0.05, 0.95]), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, returns: torch.Tensor) -> torch.Tensor:
+        """Moves the range towards that of `returns`, of any shape, and gives the scale ()."""
+        self.range.lerp_(torch.quantile(returns.flatten().float(), self.percentiles), self.rate)
+        return (self.range[1] - self.range[0]).clamp(min=1)
+
+
+class LaProp(torch.optim.Optimizer):
+    """LaProp (arXiv 2002.04839) with adaptive gradient clipping (arXiv 2102.06171) and linear warm-up.
+
+    Unlike Adam it normalises first and averages after: momentum is a mean of steps of the same size.
+    """
+
+    def __init__(self, params: Any, lr: float = 4e-5, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-20,
+                 agc: float = 0.3, pmin: float = 1e-3, warmup: int = 1000):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, agc=agc, pmin=pmin, warmup=warmup))
+        for group in self.param_groups:
+            group["updates"] = torch.zeros((), device=group["params"][0].device)
+            for p in group["params"]:
+                self.state[p] = {"m": torch.zeros_like(p), "v": torch.zeros_like(p)}
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> dict[str, torch.Tensor]:
+        """Updates every parameter that has a gradient; returns global norms of gradient and update."""
+        metrics = {}
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            grads, (beta1, beta2), t = [p.grad for p in params], group["betas"], group["updates"]
+            m, v = ([self.state[p][name] for p in params] for name in "mv")
+            norms = torch._foreach_norm(grads)
+            metrics["grad_norm"] = torch.stack(norms).norm()
+            # g ← g / max(1, ‖g‖ / (agc · max(pmin, ‖p‖))), tensor by tensor
+            limits = torch._foreach_mul(torch._foreach_maximum(torch._foreach_norm(params), group["pmin"]), group["agc"])
+            clip = torch._foreach_maximum(torch._foreach_div(norms, limits), 1.0)
+            grads = torch._foreach_div(grads, clip)
+            lr = group["lr"] * (t / max(1, group["warmup"])).clamp(max=1)  # the very first update is one of length zero
+            t += 1
+            # v ← β₂·v + (1−β₂)·g²;  u = g / (√(v / (1−β₂ᵗ)) + ε)
+            torch._foreach_mul_(v, beta2)
+            torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
+            scale = torch._foreach_sqrt(torch._foreach_div(v, 1 - beta2**t))
+            torch._foreach_add_(scale, group["eps"])
+            torch._foreach_div_(grads, scale)
+            # m ← β₁·m + (1−β₁)·u;  p ← p − lr · m / (1−β₁ᵗ)
+            torch._foreach_lerp_(m, grads, 1 - beta1)
+            update = torch._foreach_mul(m, lr / (1 - beta1**t))
+            torch._foreach_sub_(params, update)
+            metrics["update_norm"] = torch.stack(torch._foreach_norm(update)).norm()
+        return metrics
+
+
+# ------------------------------------------------------------------------------------------------------------ the agent
+
+
+class Dreamer(nn.Module):
+    """The agent: `act` on observations, `update` on batches of a ReplayBuffer, `state_dict` for all that learning needs.
+
+    Spaces are those of ONE environment, observations and actions batches of them. Raises InputError for spaces that
+    cannot be used. See README for ten lines of use without this file's training loop.
+    """
+
+    def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args):
+        super().__init__()
+        args.check()
+        self.args, size = args, SIZES[args.size]
+        self.observations = ObservationCodec(observation_space, args.image_size)
+        self.actions = ActionCodec(action_space)
+        self.device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+        low = args.precision == "bfloat16" or (args.precision == "auto" and self.device.type == "cuda")
+        self.compute_dtype = torch.bfloat16 if low else torch.float32
+        feat = size.deter + size.latents * size.classes
+        self.wm = WorldModel(self.observations.leaves, self.actions.size, size)
+        self.actor = Actor(feat, self.actions.heads, size.units)
+        self.critic, self.slow_critic = Critic(feat, size.units), Critic(feat, size.units)
+        self.slow_critic.load_state_dict(self.critic.state_dict())
+        self.slow_critic.requires_grad_(False)
+        self.retnorm = ReturnNormalizer()
+        self.to(self.device)
+        self.optimizer = LaProp([p for p in self.parameters() if p.requires_grad], args.learning_rate, agc=args.agc,
+                                warmup=args.warmup)
+        # acting has noise of its own: playing an evaluation does not change what is learned
+        self.act_rng, self.learn_rng = (torch.Generator(self.device).manual_seed(args.seed + i) for i in (0, 1))
+
+    def replay_specs(self) -> dict[str, tuple]:
+        """Rows for a ReplayBuffer: name → (shape, dtype) of what act and the environment yield at one step."""
+        size = SIZES[self.args.size]
+        return {**{f"obs/{k}": (leaf.shape, leaf.dtype) for k, leaf in self.observations.leaves.items()},
+                "action": ((self.actions.size,), torch.float32), "reward": ((), torch.float32),
+                "is_first": ((), torch.bool), "is_last": ((), torch.bool), "is_terminal": ((), torch.bool),
+                "deter": ((size.deter,), torch.bfloat16), "stoch": ((size.latents,), torch.uint8)}
+
+    @torch.no_grad()
+    def act(self, obs: Any, state: dict[str, Any] | None, is_first: np.ndarray,
+            deterministic: bool = False) -> tuple[Any, dict[str, Any]]:
+        """Chooses actions for a batch of observations.
+
+        obs: batch (N, …) as a vector environment returns it; state: what the last call returned, None at the start;
+        is_first: (N,) bool, where an episode begins. Returns actions for the environment and the new state. The state
+        also is the agent's part of a replay step: obs/…, action, deter and stoch, see `replay_specs`.
+        """
+        encoded = self.observations(obs)
+        tensors = {k: torch.as_tensor(x).to(self.device, non_blocking=True)[:, None] for k, x in encoded.items()}
+        n = len(is_first)
+        if state is None:
+            deter, stoch = self.wm.rssm.initial(n, self.device)
+            state = {"deter": deter, "onehot": stoch, "action": torch.zeros(n, self.actions.size, device=self.device)}
+        noise = self.noise(self.act_rng, (n, 1, SIZES[self.args.size].latents), (n, self.actions.noise))
+        z_noise, a_noise = (None, None) if deterministic else noise
+        first = torch.as_tensor(is_first, dtype=torch.bool).to(self.device)[:, None]
+        deter, stoch, _ = self.wm.rssm.observe(state["deter"], state["onehot"], self.wm.encode(tensors),
+                                               state["action"][:, None], first, z_noise)
+        deter, stoch = deter[:, 0], stoch[:, 0]
+        action = self.actor(features(deter, stoch)).sample(a_noise)
+        state = {"deter": deter, "onehot": stoch, "stoch": stoch.argmax(-1), "action": action,
+                 **{f"obs/{k}": x for k, x in encoded.items()}}
+        return self.actions.decode(action.cpu().numpy()), state
+
+    def noise(self, rng: torch.Generator, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+        return [torch.rand(shape, generator=rng, device=self.device) for shape in shapes]
+
+    def prepare(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Lays a sampled batch (B, T + 1, …) out for learning: T steps with the actions before them, and the carry."""
+        x = {k: v.to(self.device, non_blocking=True) for k, v in batch.items() if k not in ("env", "row")}
+        onehot = F.one_hot(x["stoch"][:, 0].long(), SIZES[self.args.size].classes).float()
+        return {"obs": {k[4:]: v[:, 1:] for k, v in x.items() if k.startswith("obs/")},
+                "prev_action": x["action"][:, :-1], "carry": (x["deter"][:, 0].float(), onehot),
+                **{k: x[k][:, 1:] for k in ("reward", "is_first", "is_last", "is_terminal")}}
+
+    def update(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """One optimizer step on a batch of ReplayBuffer.sample: losses and diagnostics as 0-d tensors on the device.
+
+        "deter" and "stoch" of `batch` then hold the fresh latents (B, T, …), for ReplayBuffer.write_back.
+        """
+        data, (b, t), h = self.prepare(batch), batch["reward"][:, 1:].shape, self.args.imagination_horizon
+        latents = SIZES[self.args.size].latents
+        noise = self.noise(self.learn_rng, (b, t, latents), (b * t, h, latents), (b * t, h + 1, self.actions.noise))
+        loss, metrics, (batch["deter"], batch["stoch"]) = self.loss(data, noise)
+        self.optimizer.zero_grad()
+        loss.backward()
+        metrics |= self.optimizer.step()
+        torch._foreach_lerp_(list(self.slow_critic.parameters()), list(self.critic.parameters()), self.args.tau)
+        return metrics
+
+    def loss(self, data: dict[str, Any], noise: list[torch.Tensor] | tuple[None, None, None]):
+        """forward() in the number format of the computation: all weights are cast once, gradients reach the originals."""
+        if self.compute_dtype == torch.float32:
+            return self(data, noise)
+        low = {k: p.to(self.compute_dtype) for k, p in self.named_parameters()}
+        return torch.func.functional_call(self, low, (data, noise))
+
+    def forward(self, data: dict[str, Any], noise: list[torch.Tensor] | tuple[None, None, None]):
+        """The whole objective. noise: uniform numbers for posterior, dreams and actions, or Nones for modes.
+
+        Returns the loss (), metrics (0-d tensors, no gradient) and the posterior (deter, class indices).
+        """
+        args = self.args
+        losses, (deter, stoch, _), metrics = self.wm.loss(data, noise[0], args.gamma, args.free_nats)
+        imag_losses, returns, imag_metrics = self.imagination_loss(deter.flatten(0, 1), stoch.flatten(0, 1), *noise[1:])
+        losses |= {k: x.mean(1).unflatten(0, deter.shape[:2]) for k, x in imag_losses.items()}
+        losses["repval"] = self.replay_value_loss(data, features(deter, stoch), returns[:, 0].view(deter.shape[:2]))
+        scales = dict(rec=1.0, rew=1.0, con=1.0, dyn=args.dyn_scale, rep=args.rep_scale, policy=1.0, value=1.0,
+                      repval=args.repval_scale)
+        assert losses.keys() == scales.keys(), (losses.keys(), scales.keys())
+        loss = sum(scales[k] * x.mean() for k, x in losses.items())
+        metrics = {f"losses/{k}": x.mean().detach() for k, x in losses.items()} | {
+            f"diagnostics/{k}": x.detach() for k, x in (metrics | imag_metrics).items()}
+        metrics["losses/total"] = loss.detach()
+        metrics["diagnostics/real_reward"] = data["reward"].mean()
+        return loss, metrics, (deter.detach(), stoch.detach().argmax(-1))
+
+    def imagination_loss(self, deter: torch.Tensor, stoch: torch.Tensor, z_noise: Any, a_noise: Any):
+        """Dreams from every state (N, …) and returns the actor's and critic's losses (N, H), the λ-returns and metrics."""
+        args = self.args
+        with torch.no_grad():  # REINFORCE needs no gradient through the dream
+            def policy(h: torch.Tensor, z: torch.Tensor, t: int) -> torch.Tensor:
+                return self.actor(features(h, z)).sample(None if a_noise is None else a_noise[:, t])
+
+            deter, stoch, action = self.wm.rssm.imagine(deter, stoch, policy, args.imagination_horizon, z_noise)
+            feat = features(deter, stoch)  # (N, H + 1, F)
+            reward = SymexpTwoHot(self.wm.reward(feat)).pred()
+            cont = self.wm.cont(feat)[..., 0].float().sigmoid()
+            slow_value = self.slow_critic(feat).pred()
+            weight = cont.cumprod(1)[:, :-1]  # how likely the dream still goes on; at the start, whether x was terminal
+        critic = self.critic(feat)
+        value = critic.pred().detach()
+        returns = lambda_return(reward, value, cont, args.return_lambda)  # (N, H)
+        scale = self.retnorm(returns)
+        advantage = (returns - value[:, :-1]) / scale
+        dist = self.actor(feat[:, :-1])
+        entropy = dist.entropy()
+        first = SymexpTwoHot(critic.logits[:, :-1])
+        losses = {
+            # −w · (sg(A) · ln π(a) + η · H[π])
+            "policy": -weight * (dist.log_prob(action) * advantage + args.ent_coef * entropy),
+            # −w · (ln p(sg(R)) + ln p(sg(V_slow)))
+            "value": weight * (first.loss(returns) + first.loss(slow_value[:, :-1])),
+        }
+        normed = (returns - self.retnorm.range[0]) / scale
+        low, high = self.retnorm.range
+        metrics = dict(
+            adv=advantage.mean(), adv_std=advantage.std(correction=0), adv_mag=advantage.abs().mean(), rew=reward.mean(),
+            con=cont.mean(), ret=normed.mean(), val=value.mean(), tar=returns.mean(), weight=cont.cumprod(1).mean(),
+            slowval=slow_value.mean(), ret_min=normed.min(), ret_max=normed.max(),
+            ret_rate=(normed.abs() >= 1).float().mean(), policy_entropy=entropy.mean(), ret_low=low, ret_high=high,
+        )
+        return losses, returns, {k: x.clone() for k, x in metrics.items()}
+
+    def replay_value_loss(self, data: dict[str, Any], feat: torch.Tensor, bootstrap: torch.Tensor) -> torch.Tensor:
+        """Critic loss (B, T - 1) on real rewards, with gradient into the world model. bootstrap (B, T): the return of the
+        dream that began at each step stands for its value."""
+        discount = (~data["is_terminal"]).float() * self.args.gamma
+        lam = (~data["is_last"]).float() * self.args.return_lambda  # what follows an episode's end is another's
+        returns = lambda_return(data["reward"], bootstrap, discount, lam)
+        with torch.no_grad():
+            slow_value = self.slow_critic(feat[:, :-1]).pred()
+        critic = self.critic(feat[:, :-1])
+        return (~data["is_last"][:, :-1]).float() * (critic.loss(returns) + critic.loss(slow_value))
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What state_dict holds beside weights and buffers: the optimizer's averages and the generators."""
+        return {"optimizer": self.optimizer.state_dict(), "act_rng": self.act_rng.get_state(),
+                "learn_rng": self.learn_rng.get_state()}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.act_rng.set_state(state["act_rng"].cpu())
+        self.learn_rng.set_state(state["learn_rng"].cpu())
