@@ -296,7 +296,6 @@ def make_env(env_id: str, idx: int, capture_video: bool, run_name: str, pixels: 
                 print(f"{env_id}: text observations {text} are left out")
             if text:
                 env = gym.wrappers.FilterObservation(env, [k for k in env.observation_space if k not in text])
-        env.action_space.seed(idx)
         return env
 
     return thunk
@@ -504,10 +503,9 @@ class ReplayBuffer:
         if self.count % self.window == 0:
             self.online.extend((env, self.count - self.window) for env in range(self.num_envs))
 
-    def sample(self, batch_size: int) -> dict[str, torch.Tensor]:
-        """name → (B, T + 1, …), plus "env" (B,) and "row" (B, T + 1), the places that write_back fills.
-
-        Raises InputError while no environment has a whole window.
+    def sample(self, batch_size: int, online: bool = True) -> dict[str, torch.Tensor]:
+        """name → (B, T + 1, …), plus "env" (B,) and "row" (B, T + 1), the places that write_back fills. Not `online`
+        leaves the queue alone. Raises InputError while no environment has a whole window.
         """
         oldest, newest = max(0, self.count - self.rows), self.count - self.window
         if newest < oldest:
@@ -517,7 +515,7 @@ class ReplayBuffer:
         for i in range(batch_size):
             while self.online and self.online[0][1] < oldest:
                 self.online.popleft()  # overwritten before its turn
-            if not self.online:
+            if not (online and self.online):
                 break
             env[i], start[i] = self.online.popleft()
         row = (start[:, None] + torch.arange(self.window)) % self.rows
@@ -536,11 +534,11 @@ class ReplayBuffer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores a saved ring; raises InputError if it was saved with another capacity or number of environments."""
-        saved = {k: tuple(x.shape[2:]) for k, x in state["data"].items()}
-        if saved != {k: tuple(x.shape[2:]) for k, x in self.data.items()} or state["rows"] != self.rows or \
-                next(iter(state["data"].values())).shape[0] != self.num_envs:
-            raise InputError("the saved replay has another layout: resume with the same environment, size, num_envs, "
-                             "buffer_size and total_timesteps no larger than buffer_size")
+        layout = {k: (len(x), *x.shape[2:]) for k, x in self.data.items()}
+        fits = state["rows"] == self.rows or state["count"] <= min(self.rows, state["rows"])  # or has not wrapped yet
+        if not fits or layout != {k: (len(x), *x.shape[2:]) for k, x in state["data"].items()}:
+            raise InputError("the saved replay has another layout: resume with the same environment, size, num_envs and "
+                             "buffer_size")
         for name, value in state["data"].items():
             self.data[name][:, : value.shape[1]] = value
         self.count, self.online = state["count"], collections.deque(tuple(x) for x in state["online"])
@@ -775,7 +773,7 @@ class Decoder(nn.Module):
         """(N, D), (N, S, C) → name → image (N, H, W, C), vector (N, n) or logits (N, sum of classes)."""
         recon, stoch = {}, stoch.flatten(1)
         if self.vectors:
-            x = self.mlp(torch.cat([deter, stoch], -1))
+            x = self.mlp(torch.cat([stoch, deter], -1))  # the order of the reference, here alone
             recon = {k: self.outputs[k.replace(".", "·")](x).float() for k in self.vectors}
         if self.images:
             groups = self.from_deter(deter).unflatten(-1, (self.from_deter.weight.shape[0], self.side, self.side, -1))
@@ -1073,7 +1071,7 @@ class LaProp(torch.optim.Optimizer):
             limits = torch._foreach_mul(torch._foreach_maximum(torch._foreach_norm(params), group["pmin"]), group["agc"])
             clip = torch._foreach_maximum(torch._foreach_div(norms, limits), 1.0)
             grads = torch._foreach_div(grads, clip)
-            lr = group["lr"] * (t / max(1, group["warmup"])).clamp(max=1)  # the very first update is one of length zero
+            lr = group["lr"] * (t / group["warmup"]).clamp(max=1) if group["warmup"] else group["lr"]  # first one is 0
             t += 1
             # v ← β₂·v + (1−β₂)·g²;  u = g / (√(v / (1−β₂ᵗ)) + ε)
             torch._foreach_mul_(v, beta2)
@@ -1265,3 +1263,275 @@ class Dreamer(nn.Module):
         self.optimizer.load_state_dict(state["optimizer"])
         self.act_rng.set_state(state["act_rng"].cpu())
         self.learn_rng.set_state(state["learn_rng"].cpu())
+
+
+# --------------------------------------------------------------------------------- evaluation, pictures and checkpoints
+
+
+def evaluate(agent: Dreamer, args: Args, episodes: int, run_name: str = "eval", deterministic: bool = False,
+             capture_video: bool = False, max_steps: int = 27_000) -> list[float]:
+    """Returns (undiscounted sums of reward) of `episodes` episodes, played at once in as many environments: each gives
+    its first, so that short episodes are not favoured. An episode of over `max_steps` steps counts as far as it went."""
+    envs = make_vector_env(args, episodes, run_name, capture_video)
+    try:
+        obs, _ = envs.reset(seed=args.seed + 10_000)
+        state, is_first = None, np.ones(episodes, bool)
+        returns, running = np.zeros(episodes), np.ones(episodes, bool)
+        for _ in range(max_steps):
+            action, state = agent.act(obs, state, is_first, deterministic)
+            obs, reward, terminated, truncated, _ = envs.step(action)
+            returns += np.where(running, reward, 0.0)
+            is_first = terminated | truncated
+            running &= ~is_first
+            if not running.any():
+                break
+    finally:
+        envs.close()
+    return returns.tolist()
+
+
+def draw_dreams(agent: Dreamer, buffer: ReplayBuffer, context: int = 5, sequences: int = 6) -> dict[str, bytes]:
+    """What the model predicts against what happened: key → GIF of six sequences (rows: true, model, difference; the bar
+    is green while the model sees, red while it dreams), or for vectors PNG curves (black: true, orange: model)."""
+    from PIL import Image, ImageDraw
+
+    def encode(frames: list[Image.Image], format: str) -> bytes:
+        out = io.BytesIO()
+        frames[0].save(out, format, **(dict(save_all=True, append_images=frames[1:], duration=100, loop=0)
+                                       if format == "GIF" else {}))
+        return out.getvalue()
+
+    data, pictures = agent.prepare(buffer.sample(sequences, online=False)), {}
+    length = data["reward"].shape[1]
+    context = min(context, length - 1)
+    noise, = agent.noise(agent.act_rng, (sequences, length, SIZES[agent.args.size].latents))
+    for key, model in agent.wm.dream(data, context, noise).items():
+        true = data["obs"][key].float().cpu()
+        if agent.observations.leaves[key].kind == "image":
+            true, model, side = true / 255, model.cpu(), true.shape[2]
+            rows = torch.cat([true, model, (model - true + 1) / 2], 2)  # (B, T, 3H, W, C)
+            video = (rows.permute(1, 2, 0, 3, 4).flatten(2, 3) * 255).byte()  # (T, 3H, B·W, C)
+            video = video[..., :3] if video.shape[-1] >= 3 else video[..., :1].expand(-1, -1, -1, 3).clone()
+            video[:context, side : side + 2] = torch.tensor([0, 200, 0], dtype=torch.uint8)
+            video[context:, side : side + 2] = torch.tensor([200, 0, 0], dtype=torch.uint8)
+            pictures[key] = encode([Image.fromarray(frame.numpy()) for frame in video], "GIF")
+        elif agent.observations.leaves[key].kind == "vector":
+            curves = torch.stack([symlog(true[0]), model[0].cpu()])[..., :6]  # (2, T, n): components of one sequence
+            picture = Image.new("RGB", (400, 80 * curves.shape[-1]), "white")
+            draw = ImageDraw.Draw(picture)
+            for i, (low, high) in enumerate(zip(curves.amin((0, 1)).tolist(), curves.amax((0, 1)).tolist())):
+                draw.line([(400 * context / length, 80 * i), (400 * context / length, 80 * i + 79)], "gray")
+                for curve, color in zip(curves[..., i].tolist(), ("black", "darkorange")):
+                    draw.line([(400 * t / length, 80 * i + 75 - 70 * (y - low) / max(high - low, 1e-6))
+                               for t, y in enumerate(curve)], color, 2)
+            pictures[key] = encode([picture], "PNG")
+    return pictures
+
+
+def save_dreams(agent: Dreamer, buffer: ReplayBuffer, writer: Any, run_dir: Path, step: int) -> None:
+    """Writes the pictures to run_dir/dreams and to TensorBoard, which shows a GIF that its own add_video would drop."""
+    from PIL import Image
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    for key, picture in draw_dreams(agent, buffer).items():
+        image = Image.open(io.BytesIO(picture))
+        path = run_dir / "dreams" / f"{key.replace('/', '-')}_{step:09d}.{image.format.lower()}"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(picture)
+        proto = Summary.Image(height=image.height, width=image.width, colorspace=3, encoded_image_string=picture)
+        writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=f"dreams/{key}", image=proto)]), step)
+
+
+def save_run(run_dir: Path, agent: Dreamer, buffer: ReplayBuffer, counters: dict[str, Any]) -> None:
+    """Writes agent.pt and replay.pt; each replaces the last one only when it is complete."""
+    agent_state = {"agent": agent.state_dict(), "args": dataclasses.asdict(agent.args), "counters": counters}
+    for name, content in (("replay.pt", buffer.state_dict()), ("agent.pt", agent_state)):
+        torch.save(content, run_dir / f"{name}.part")
+        os.replace(run_dir / f"{name}.part", run_dir / name)
+
+
+def load_file(run_dir: str | Path, name: str = "agent.pt") -> dict[str, Any]:
+    """What save_run wrote; raises InputError where there is none. Nothing but tensors and plain values is unpickled."""
+    path = Path(run_dir) / name
+    if not path.is_file():
+        raise InputError(f"{run_dir} holds no {name}: give the folder of a run that ended, was interrupted, or was "
+                         "started with --checkpoint-every")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def restore(agent: Dreamer, run_dir: str | Path) -> dict[str, Any]:
+    """Loads a saved agent into `agent`; returns the run's counters. Raises InputError if it does not fit."""
+    saved = load_file(run_dir)
+    try:
+        agent.load_state_dict(saved["agent"])
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"the agent in {run_dir} does not fit these arguments, resume it with its own env_id, size and "
+                         f"image_size: {str(error).splitlines()[-1].strip()}") from None
+    return saved["counters"]
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Command line on top of the preset of its --env-id, or of the arguments of the run to --resume or --evaluate."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--env-id", "--env_id", default=Args.env_id)
+    early.add_argument("--pixels", action="store_true")
+    early.add_argument("--resume", default="")
+    early.add_argument("--evaluate", default="")
+    known, _ = early.parse_known_args(argv)
+    run_dir = known.resume or known.evaluate
+    default = Args(**load_file(run_dir)["args"]) if run_dir else Args.preset(known.env_id, known.pixels)
+    return tyro.cli(Args, args=argv, default=dataclasses.replace(default, resume="", evaluate=""), description=__doc__)
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+
+
+def main(args: Args) -> dict[str, Any]:
+    """Trains (or plays, with args.evaluate) and returns what summary.json holds. Raises InputError for bad input."""
+    args.check()
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.set_num_threads(args.threads or max(1, (os.cpu_count() or 2) // 2))
+    old_dir = Path(args.resume or args.evaluate) if args.resume or args.evaluate else None
+    run_name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_name = old_dir.name if old_dir else run_name
+    run_dir = old_dir or Path("runs") / run_name
+    if old_dir:
+        load_file(old_dir)  # fails before anything is made
+
+    envs = make_vector_env(args, 1 if args.evaluate else args.num_envs, run_name, args.capture_video and not args.evaluate)
+    envs = gym.wrappers.vector.RecordEpisodeStatistics(envs)
+    agent = Dreamer(envs.single_observation_space, envs.single_action_space, args)
+    counters = {"global_step": 0, "updates": 0, "seconds": 0.0}
+    if args.evaluate:
+        restore(agent, old_dir)
+        returns = evaluate(agent, args, args.eval_episodes, run_name, args.deterministic, args.capture_video)
+        print(f"{run_dir}: return {np.mean(returns):.2f} ± {np.std(returns):.2f} over {len(returns)} episodes")
+        envs.close()
+        return {"eval_return_mean": np.mean(returns), "eval_return_std": np.std(returns), "eval_returns": returns}
+    capacity = min(args.buffer_size, max(args.total_timesteps, (args.batch_length + 1) * args.num_envs))
+    buffer = ReplayBuffer(capacity, args.num_envs, args.batch_length, agent.replay_specs(), args.seed)
+    if args.resume:
+        counters = restore(agent, old_dir)
+        buffer.load_state_dict(load_file(old_dir, "replay.pt"))
+
+    from torch.utils.tensorboard import SummaryWriter  # after everything that can complain, so that nothing is left over
+    from tqdm import tqdm
+    if args.track:
+        try:
+            import wandb
+        except ImportError:
+            raise InputError("--track needs a package that is missing: pip install wandb") from None
+        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, config=vars(args),
+                   name=run_name, monitor_gym=True, save_code=True)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    writer = SummaryWriter(str(run_dir))
+    table = "\n".join(f"|{k}|{v}|" for k, v in vars(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+    print(*(f"{k} = {v}" for k, v in vars(args).items()), sep="\n")
+    parameters = sum(p.numel() for p in agent.parameters() if p.requires_grad)
+    print(f"{run_dir}: {parameters:,} parameters on {agent.device}; replay of {capacity:,} steps, "
+          f"{buffer.bytes_per_step:,} bytes each, {capacity * buffer.bytes_per_step / 2**30:.2f} GiB when full")
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's way to say Ctrl-C
+    episodes, eval_returns, interrupted, healthy, metrics = [], [], False, True, {}
+    step, updates, start, credit = counters["global_step"], counters["updates"], time.time(), 0.0
+    first_step, first_updates, before = step, updates, counters["seconds"]
+    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=None, smoothing=0.05)
+
+    def due(every: int) -> bool:  # did the last step of all environments cross a multiple of `every`?
+        return every > 0 and step // every > (step - args.num_envs) // every
+
+    n = args.num_envs
+    state, arrived = None, dict(reward=np.zeros(n), is_first=np.ones(n, bool), is_last=np.zeros(n, bool),
+                                is_terminal=np.zeros(n, bool))
+    try:
+        obs, _ = envs.reset(seed=args.seed + step)
+        while step < args.total_timesteps:
+            # 1. act
+            action, state = agent.act(obs, state, arrived["is_first"])
+            # 2. store what arrived and what was chosen
+            buffer.add({k: arrived[k] if k in arrived else state[k] for k in buffer.data})
+            # 3. step
+            obs, reward, terminated, truncated, info = envs.step(action)
+            arrived = dict(reward=reward, is_first=arrived["is_last"], is_last=terminated | truncated, is_terminal=terminated)
+            step += n
+            if not np.isfinite(reward).all():
+                raise InputError(f"reward {reward[~np.isfinite(reward)][0]} at step {step}: make the environment return "
+                                 "finite rewards, for example with gymnasium.wrappers.TransformReward")
+            # 4. update train_ratio / (B·T) times for every environment step
+            if len(buffer) >= max(args.batch_size * args.batch_length, n * buffer.window):
+                credit += n * args.train_ratio / (args.batch_size * args.batch_length)
+            for _ in range(int(credit)):
+                batch = buffer.sample(args.batch_size)
+                metrics = agent.update(batch)
+                buffer.write_back(batch, deter=batch["deter"], stoch=batch["stoch"])
+                updates += 1
+            credit -= int(credit)
+            # 5. log
+            bar.update(n)
+            for i in np.flatnonzero(info.get("_episode", [])):
+                episodes.append(float(info["episode"]["r"][i]))
+                tqdm.write(f"global_step={step}, episodic_return={episodes[-1]:.2f}")
+                writer.add_scalar("charts/episodic_return", episodes[-1], step)
+                writer.add_scalar("charts/episodic_length", info["episode"]["l"][i], step)
+            if due(args.log_every) and updates > first_updates:
+                seconds = time.time() - start
+                values = {k: float(v) for k, v in metrics.items()} | {
+                    "charts/SPS": (step - first_step) / seconds, "charts/replay_size": len(buffer),
+                    "charts/updates_per_second": (updates - first_updates) / seconds,
+                    "charts/replay_bytes": len(buffer) * buffer.bytes_per_step}
+                for k, v in values.items():
+                    writer.add_scalar(k, v, step)
+                bar.set_postfix(updates_s=f"{values['charts/updates_per_second']:.1f}",
+                                returns=[round(r, 1) for r in episodes[-3:]])
+                if not np.isfinite(values["losses/total"]):
+                    healthy = False  # so these weights do not replace the ones saved before
+                    raise InputError(f"the loss became {values['losses/total']} at step {step}: lower --learning-rate, or "
+                                     "--resume from the last checkpoint")
+            if due(args.video_every) and updates > first_updates:
+                save_dreams(agent, buffer, writer, run_dir, step)
+            if due(args.eval_every):
+                eval_returns = evaluate(agent, args, args.eval_episodes, run_name, args.deterministic)
+                writer.add_scalar("eval/episodic_return", np.mean(eval_returns), step)
+                tqdm.write(f"global_step={step}, eval_return={np.mean(eval_returns):.2f}")
+            if due(args.checkpoint_every):
+                save_run(run_dir, agent, buffer, {"global_step": step, "updates": updates,
+                                                  "seconds": before + time.time() - start})
+    except KeyboardInterrupt:
+        interrupted = True
+        tqdm.write("interrupted: saving")
+    finally:
+        bar.close()
+        seconds = time.time() - start
+        counters = {"global_step": step, "updates": updates, "seconds": before + seconds}
+        if args.save_model and healthy:
+            save_run(run_dir, agent, buffer, counters)
+        envs.close(**({"terminate": True} if isinstance(envs.unwrapped, gym.vector.AsyncVectorEnv) else {}))
+        if not interrupted and sys.exc_info()[0] is None:
+            eval_returns = evaluate(agent, args, args.eval_episodes, run_name, args.deterministic)
+            writer.add_scalar("eval/episodic_return", np.mean(eval_returns), step)
+        summary = counters | {
+            "sps": (step - first_step) / seconds, "updates_per_second": (updates - first_updates) / seconds,
+            "interrupted": interrupted, "train_returns": episodes[-20:],
+            "eval_return_mean": float(np.mean(eval_returns)) if eval_returns else None,
+            "eval_return_std": float(np.std(eval_returns)) if eval_returns else None, "eval_returns": eval_returns,
+            "device": torch.cuda.get_device_name() if agent.device.type == "cuda" else platform.processor() or "cpu",
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+                         "gymnasium": gym.__version__}, "args": vars(args)}
+        (run_dir / "summary.json").write_text(json.dumps(summary, indent=2))
+        writer.close()
+    result = f"evaluation return {np.mean(eval_returns):.2f} ± {np.std(eval_returns):.2f}" if eval_returns else "no evaluation"
+    print(f"{run_dir}: {step:,} steps, {updates:,} updates, {seconds:.0f} s, {result}")
+    return summary
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,693 @@
+"""Proofs for dreamer.py: `pytest` runs them in about a minute and a half on two cores, without display, network or GPU.
+
+A test's name is the sentence that it proves, and each compares with something independent: numbers recorded from the
+author's code, torch.distributions, a naive loop, a closed form, a stream of integers, an environment whose optimum is
+known. RUN_SLOW=1 adds further seeds of the learning tests; tests marked `cuda` run where there is a GPU.
+"""
+import dataclasses
+import importlib
+import itertools
+import os
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
+from torch.distributions import Categorical, Independent, kl_divergence
+
+import dreamer as D
+
+torch.set_num_threads(2)
+D.SIZES["tiny"] = TINY = D.Size(64, 16, 5, 2, 16, latents=6)
+slow = pytest.mark.skipif("RUN_SLOW" not in os.environ, reason="slow: set RUN_SLOW=1")
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+VECTOR, CHOICE = Box(-np.inf, np.inf, (3,), np.float32), Discrete(4)
+
+
+# -------------------------------------------------------------------------------------------------------------- helpers
+
+
+def close(ours, theirs, rtol=1e-5, atol=1e-6):
+    ours, theirs = torch.as_tensor(ours).detach().double().cpu(), torch.as_tensor(theirs).detach().double().cpu()
+    torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
+
+
+def equal(ours, theirs):
+    assert torch.equal(torch.as_tensor(ours), torch.as_tensor(theirs))
+
+
+def make_agent(observations=VECTOR, actions=CHOICE, seed=1, perturb=0.0, **values):
+    """A tiny agent; `perturb` adds noise to all weights, since heads that start at zero hide gradients and mistakes."""
+    torch.manual_seed(seed)
+    values = dict(size="tiny", cuda=False, precision="float32", warmup=0, learning_rate=1e-3, imagination_horizon=5,
+                  image_size=48, num_envs=2, batch_length=8) | values
+    agent = D.Dreamer(observations, actions, D.Args(seed=seed, **values))
+    with torch.no_grad():
+        for p in agent.parameters():
+            p.add_(perturb * torch.randn(p.shape))
+    return agent
+
+
+class Loop:
+    """The main loop in miniature: act, step, store, and update a few times. NEXT_STEP autoreset, as in main."""
+
+    def __init__(self, agent, make, num_envs=2, capacity=4000, **dtypes):
+        specs = {k: (shape, dtypes.get(k, dtype)) for k, (shape, dtype) in agent.replay_specs().items()}
+        self.agent, self.state, n = agent, None, num_envs
+        self.envs = gym.vector.SyncVectorEnv([make] * n, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
+        self.replay = D.ReplayBuffer(capacity, n, agent.args.batch_length, specs, agent.args.seed)
+        self.obs, _ = self.envs.reset(seed=agent.args.seed)
+        self.arrived = dict(reward=np.zeros(n), is_first=np.ones(n, bool), is_last=np.zeros(n, bool),
+                            is_terminal=np.zeros(n, bool))
+
+    def step(self, updates=0, batch_size=8):
+        """Rewards of one step of every environment."""
+        actions, self.state = self.agent.act(self.obs, self.state, self.arrived["is_first"])
+        rows = {k: self.state[k] for k in self.replay.data if k in self.state}
+        self.replay.add({**rows, **self.arrived})
+        self.obs, reward, terminated, truncated, _ = self.envs.step(actions)
+        self.arrived = dict(reward=reward, is_first=self.arrived["is_last"], is_last=terminated | truncated,
+                            is_terminal=terminated)
+        for _ in range(updates if self.replay.count > 2 * self.replay.window else 0):
+            batch = self.replay.sample(batch_size)
+            self.agent.update(batch)
+            self.replay.write_back(batch, deter=batch["deter"], stoch=batch["stoch"])
+        return reward
+
+    def fill(self, steps=30):
+        for _ in range(steps):
+            self.step()
+        return self
+
+
+class Random(gym.Env):
+    """Draws observations and rewards at random, ends episodes after four steps, and insists on valid actions."""
+
+    def __init__(self, observations=VECTOR, actions=CHOICE):
+        self.observation_space, self.action_space = observations, actions
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
+        self.left = 4
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), (action, self.action_space)
+        self.left -= 1
+        return self.observation_space.sample(), float(self.np_random.normal()), self.left == 0, False, {}
+
+
+def batch_of(agent, seed=0, observations=VECTOR, actions=CHOICE, size=4):
+    """A batch of a replay that `agent` filled itself."""
+    loop = Loop(agent, lambda: Random(observations, actions)).fill()
+    torch.manual_seed(seed)
+    return loop.replay.sample(size)
+
+
+def noise_of(agent, batch, seed=5):
+    """The three tensors that Dreamer.update draws."""
+    (b, t), h, latents = batch["reward"][:, 1:].shape, agent.args.imagination_horizon, TINY.latents
+    shapes = (b, t, latents), (b * t, h, latents), (b * t, h + 1, agent.actions.noise)
+    return agent.noise(torch.Generator().manual_seed(seed), *shapes)
+
+
+# ------------------------------------------------------------------------------------- parity with the reference's code
+
+GOLDEN = Path(__file__).parent / "benchmark" / "golden"
+
+
+def official_names(agent):
+    """Our parameter → (official parameter, how its axes are laid out); see benchmark/golden/README.md."""
+    names = {}
+
+    def linear(ours, official):
+        names.update({f"{ours}.weight": (f"{official}/kernel", "IO"), f"{ours}.bias": (f"{official}/bias", "")})
+
+    def blocks(ours, official):
+        names.update({f"{ours}.weight": (f"{official}/kernel", ""), f"{ours}.bias": (f"{official}/bias", "")})
+
+    def conv(ours, official, norm):
+        names.update({f"{ours[0]}.conv.weight": (f"{official}/kernel", "HWIO"),
+                      f"{ours[0]}.conv.bias": (f"{official}/bias", ""), f"{ours[1]}.weight": (f"{norm}/scale", "")})
+
+    def layer(ours, official, norm=None):
+        linear(f"{ours}.0", official)
+        names[f"{ours}.1.weight"] = (f"{norm or official + 'norm'}/scale", "")
+
+    def mlp(ours, official, layers):
+        for i in range(layers):
+            layer(f"{ours}.{i}", f"{official}/mlp/linear{i}", f"{official}/mlp/norm{i}")
+
+    for i in range(3):
+        layer(f"wm.encoder.mlp.{i}", f"enc/mlp{i}")
+        layer(f"wm.rssm.{('deter_in', 'stoch_in', 'action_in')[i]}", f"dyn/dynin{i}")
+    for i in range(4):
+        conv([f"wm.encoder.{part}.{i}" for part in ("convs", "norms")], f"enc/cnn{i}", f"enc/cnn{i}norm")
+        conv([f"wm.decoder.{part}.{i}" for part in ("convs", "norms")],
+             f"dec/{('conv2', 'conv1', 'conv0', 'imgout')[i]}", f"dec/{('spnorm', 'conv2norm', 'conv1norm', 'conv0norm')[i]}")
+    blocks("wm.rssm.hidden", "dyn/dynhid0")
+    names["wm.rssm.hidden_norm.weight"] = ("dyn/dynhid0norm/scale", "")
+    blocks("wm.rssm.gates", "dyn/dyngru")
+    layer("wm.rssm.prior.0", "dyn/prior0")
+    layer("wm.rssm.prior.1", "dyn/prior1")
+    linear("wm.rssm.prior.2", "dyn/priorlogit")
+    layer("wm.rssm.posterior.0", "dyn/obs0")
+    linear("wm.rssm.posterior.1", "dyn/obslogit")
+    mlp("wm.decoder.mlp", "dec", 3)
+    linear("wm.decoder.outputs.vector", "dec/vec/vector/pred")
+    blocks("wm.decoder.from_deter", "dec/sp0")
+    layer("wm.decoder.from_stoch.0", "dec/sp1")
+    linear("wm.decoder.from_stoch.1", "dec/sp2")
+    for ours, official, layers, outputs in (("wm.reward", "rew", 1, "logits"), ("wm.cont", "con", 1, "logit"),
+                                            ("critic.mlp", "val", 3, "logits"), ("slow_critic.mlp", "slowval", 3, "logits")):
+        mlp(ours, official, layers)
+        linear(f"{ours}.{layers}", f"{official}/head/{outputs}")
+    mlp("actor.mlp", "pol", 3)
+    continuous = agent.actions.heads["obs"][0] == "continuous"
+    for i, output in enumerate(("mean", "stddev") if continuous else ("logits",)):
+        linear(f"actor.outputs.0.{i}", f"pol/head/action/{output}")
+    return names
+
+
+@pytest.mark.parametrize("case", ["tiny_vec_cont", "tiny_img_vec_disc"])
+def test_losses_states_and_two_updates_are_those_of_the_official_code(case):
+    z = {k: torch.from_numpy(np.asarray(v)) for k, v in np.load(GOLDEN / f"{case}.npz").items()}
+    image = "data/image" in z
+    spaces = {"vector": Box(-np.inf, np.inf, (5,), np.float32)}
+    spaces |= {"image": Box(0, 255, (64, 64, 3), np.uint8)} if image else {}
+    agent = make_agent(Dict(spaces), Discrete(5) if image else Box(-1, 1, (3,)), image_size=64, imagination_horizon=15)
+    names, params = official_names(agent), dict(agent.named_parameters())
+    order = {"IO": (1, 0), "HWIO": (3, 2, 0, 1)}
+
+    def official(name, when):
+        x = z[f"{when}/{names[name][0]}"]
+        return x.permute(order[names[name][1]]) if names[name][1] else x
+
+    def range_of(when):
+        return torch.stack([z[f"{when}/retnorm/lo/value"], z[f"{when}/retnorm/hi/value"]])
+
+    # every recorded weight has its place, and every place its weight
+    state = {f"param/{k}/value" for k in ("retnorm/lo", "retnorm/hi", "slowval_count")}
+    assert {k for k in z if k.startswith("param/")} - state == {f"param/{names[k][0]}" for k in params}
+    with torch.no_grad():
+        for name, p in params.items():
+            assert p.shape == official(name, "param").shape, name
+            p.copy_(official(name, "param"))
+        agent.retnorm.range.copy_(range_of("param"))
+    data = {"obs": {k: z[f"data/{k}"] for k in spaces}, "carry": (z["carry/deter"], z["carry/stoch"]),
+            **{k: z[f"data/{k}"] for k in ("reward", "is_first", "is_last", "is_terminal")},
+            "prev_action": F.one_hot(z["data/prevact"].long(), 5).float() if image else z["data/prevact"]}
+
+    # states and every loss, element by element; modes stand for all random draws
+    losses, (deter, stoch, logits), _ = agent.wm.loss(data, None, agent.args.gamma, agent.args.free_nats)
+    imag, returns, _ = agent.imagination_loss(deter.flatten(0, 1), stoch.flatten(0, 1), None, None)
+    agent.retnorm.range.copy_(range_of("param"))  # the first update comes below
+    losses |= {k: x.mean(1).view(3, 8) for k, x in imag.items()}
+    losses["repval"] = agent.replay_value_loss(data, D.features(deter, stoch), returns[:, 0].view(3, 8))
+    recon = agent.wm.decoder(deter.flatten(0, 1), stoch.flatten(0, 1))
+    parts = agent.wm.decoder.loss(recon, {k: x.flatten(0, 1) for k, x in data["obs"].items()})
+    close(losses.pop("rec"), sum(z[f"out/losses/{k}"] for k in spaces), rtol=1e-4)
+    losses |= {k: x.view(3, 8) for k, x in parts.items()}
+    assert {f"out/losses/{k}" for k in losses} == {k for k in z if k.startswith("out/losses/")}
+    for name, x in losses.items():
+        close(x, z[f"out/losses/{name}"], rtol=1e-3 if name == "policy" else 1e-4, atol=1e-5)
+    tokens = agent.wm.encode(data["obs"])
+    for ours, name in ((deter, "deter"), (stoch, "stoch"), (logits, "logit"), (tokens, "tokens")):
+        close(ours, z[f"out/{name}"], rtol=1e-4, atol=1e-5)
+
+    # In tiny_vec_cont the loss does not depend on the mean head at all: actions are modes, and d ln N(a|μ)/dμ = 0 at
+    # a = μ. The reference's first update of that head was therefore lr times the SIGN OF ITS ROUNDING NOISE, for LaProp
+    # scales the smallest gradient to ±1. We read the sign from the recorded weights and make the same first move; then
+    # everything else agrees. Of the head itself we can only ask that our gradient be zero too.
+    noise_only = set() if image else {"actor.outputs.0.0.weight", "actor.outputs.0.0.bias"}
+    for step in (1, 2):
+        loss, metrics, _ = agent.loss(data, (None, None, None))
+        if step == 1:
+            close(agent.retnorm.range, range_of("out"), rtol=1e-4)
+            for name in ("adv adv_std adv_mag rew con ret val tar weight slowval ret_min ret_max ret_rate").split():
+                close(metrics[f"diagnostics/{name}"], z[f"out/metrics/{name}"], rtol=1e-3, atol=1e-5)
+            for ours, name in (("prior_entropy", "dyn_ent"), ("posterior_entropy", "rep_ent"),
+                               ("policy_entropy", "ent/action")):
+                per_latent = 1 if name == "ent/action" else TINY.latents
+                assert min(abs(metrics[f"diagnostics/{ours}"] / z[f"out/metrics/{name}"] - n) for n in (1, per_latent)) < 1e-3
+        agent.optimizer.zero_grad()
+        loss.backward()
+        assert all(params[k].grad.abs().max() < 1e-6 for k in noise_only)
+        norms = agent.optimizer.step()
+        close(loss, z[f"step{step}/loss"], rtol=1e-4)
+        close(norms["grad_norm"], z[f"step{step}/grad_norm"], rtol=1e-4)
+        with torch.no_grad():
+            for k in noise_only if step == 1 else ():
+                params[k].copy_(official(k, "param") + 1e-3 * (official(k, "step2") - official(k, "param")).sign())
+        torch._foreach_lerp_(list(agent.slow_critic.parameters()), list(agent.critic.parameters()), agent.args.tau)
+    close(agent.retnorm.range, range_of("step2"), rtol=1e-4)
+    for name in params.keys() - noise_only:
+        close(params[name], official(name, "step2"), rtol=0, atol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------- robust predictions
+
+
+def test_symexp_inverts_symlog():
+    x = torch.tensor([-1e6, -3.0, -0.1, 0.0, 1e-3, 1.0, 250.0, 1e8], dtype=torch.float64)
+    close(D.symexp(D.symlog(x)), x, rtol=1e-9)
+    close(D.symlog(torch.tensor([np.e - 1, 1 - np.e])), [1.0, -1.0])
+
+
+def test_two_hot_bins_are_antisymmetric_and_evenly_spaced_in_symlog():
+    bins = D.SymexpTwoHot(torch.zeros(255)).bins
+    equal(bins, -bins.flip(0))
+    assert bins[127] == 0 and (bins.diff() > 0).all()
+    close(D.symlog(bins.double()), torch.linspace(-20, 20, 255, dtype=torch.float64), rtol=1e-5, atol=1e-5)
+
+
+def two_hot(x, bins):
+    """Target distribution by a loop: linear in raw space between the two neighbouring bins, clipped at the ends."""
+    target, x = np.zeros(len(bins)), min(max(float(x), float(bins[0])), float(bins[-1]))
+    for i in range(len(bins) - 1):
+        if bins[i] <= x <= bins[i + 1]:
+            target[:] = 0
+            target[i] = (bins[i + 1] - x) / (bins[i + 1] - bins[i])
+            target[i + 1] = 1 - target[i]
+    return target
+
+
+def test_two_hot_loss_is_cross_entropy_to_a_target_interpolated_in_raw_space():
+    torch.manual_seed(0)
+    x = torch.tensor([0.0, 0.01, -0.07, 1.0, -1.0, 3.7, -250.0, 12345.6, 4.8e8, -4.8e8, 1e12, -1e12])
+    logits = torch.randn(len(x), 255, requires_grad=True)
+    dist = D.SymexpTwoHot(logits)
+    targets = torch.tensor(np.stack([two_hot(v, dist.bins.double().numpy()) for v in x]))
+    loss = dist.loss(x)
+    close(loss, -(targets * logits.double().log_softmax(-1)).sum(-1), rtol=1e-4)
+    loss.sum().backward()  # the gradient of a cross-entropy is p − target: the mass lies on at most two neighbours
+    mass = logits.detach().softmax(-1) - logits.grad
+    close(mass, targets, atol=1e-4)
+    assert (mass.abs() > 1e-5).sum(-1).max() == 2
+    inside = x.abs() < 1e8  # the target's own mean is the number that it stands for
+    close((targets * dist.bins.double()).sum(-1)[inside], x[inside], rtol=1e-4)
+
+
+def test_two_hot_mean_is_the_sum_over_bins_and_exactly_zero_for_zero_logits():
+    torch.manual_seed(0)
+    logits = torch.randn(7, 255) * 3
+    logits[:, :64] -= 60  # without the outermost bins, whose size would hide all others
+    logits[:, -64:] -= 60
+    dist = D.SymexpTwoHot(logits)
+    close(dist.pred(), (logits.double().softmax(-1) * dist.bins.double()).sum(-1), rtol=1e-4, atol=1e-2)
+    equal(D.SymexpTwoHot(torch.zeros(5, 255)).pred(), torch.zeros(5))
+    equal(D.SymexpTwoHot(torch.full((5, 255), 1.3)).pred(), torch.zeros(5))
+
+
+def mixed(logits, unimix=0.01):
+    """Categorical with a hundredth of the uniform distribution, by torch.distributions."""
+    return Independent(Categorical(probs=(1 - unimix) * logits.softmax(-1) + unimix / logits.shape[-1]), 1)
+
+
+def test_kl_is_that_of_torch_distributions_with_free_nats_after_the_sum_over_latents():
+    torch.manual_seed(0)
+    rssm = D.RSSM(8, 3, TINY)
+    scale = torch.tensor([0.05, 0.5, 1.0, 3.0, 30.0])[:, None, None]  # from below a free nat to far above
+    post, prior = scale * torch.randn(5, 6, 5), scale * torch.randn(5, 6, 5)
+    kl = kl_divergence(mixed(post), mixed(prior))
+    assert kl[0] < 1 < kl[1] and kl[1] / 6 < 1  # taking the nat off every latent would be seen
+    for x in rssm.kl_loss(post, prior):
+        close(x, kl.clamp(min=1), rtol=1e-4)
+    close(rssm.kl_loss(post, prior, free=0.0)[0], kl, rtol=1e-4)
+    assert rssm.kl_loss(1e4 * post, -1e4 * post)[0].isfinite().all()
+
+
+def test_dyn_reaches_only_the_prior_and_rep_only_the_posterior_and_neither_below_the_free_nats():
+    torch.manual_seed(0)
+    rssm, post, prior = D.RSSM(8, 3, TINY), *(torch.randn(4, 6, 5, requires_grad=True) for _ in range(2))
+    dyn, rep = rssm.kl_loss(post, prior)
+    want_post, want_prior = torch.autograd.grad(kl_divergence(mixed(post), mixed(prior)).sum(), (post, prior))
+    for loss, want in ((dyn, (None, want_prior)), (rep, (want_post, None))):
+        for got, expected in zip(torch.autograd.grad(loss.sum(), (post, prior), allow_unused=True), want):
+            assert (got is None or not got.any()) if expected is None else torch.allclose(got, expected, atol=1e-5)
+    dyn, rep = rssm.kl_loss(0.01 * post, 0.01 * prior)
+    assert not any(x.any() for x in torch.autograd.grad((dyn + rep).sum(), (post, prior)))
+
+
+@pytest.mark.parametrize("unimix", [0.0, 0.01, 0.3])
+def test_one_hot_samples_have_the_mixed_frequencies_and_a_straight_through_gradient(unimix):
+    torch.manual_seed(0)
+    logits = (2 * torch.randn(3, 5)).requires_grad_()
+    reference, dist, n = mixed(logits, unimix).base_dist, D.OneHot(logits, unimix), 10_000
+    uniform = ((torch.arange(n) + 0.5) / n)[:, None].expand(n, 3)  # a fine grid: the frequencies are exact to 1/n
+    sample = D.OneHot(logits.expand(n, 3, 5), unimix).sample(uniform)
+    close(sample.mean(0), reference.probs, atol=2 / n)
+    close(sample.sort(-1).values, torch.tensor([0.0, 0, 0, 0, 1]).expand(n, 3, 5), atol=1e-6)
+    equal(dist.sample(None).argmax(-1), reference.probs.argmax(-1))
+    equal(dist.sample(torch.zeros(3)).argmax(-1), torch.zeros(3).long())
+    equal(dist.sample(torch.full((3,), 1 - 2**-24)).argmax(-1), torch.full((3,), 4))  # rounding must not fall off the end
+    weights = torch.randn(3, 5)
+    close(*(torch.autograd.grad((weights * x).sum(), logits)[0] for x in (dist.sample(torch.rand(3)), reference.probs)))
+    index = torch.tensor([0, 4, 2])
+    close(dist.log_prob(F.one_hot(index, 5).float()), reference.log_prob(index))
+    close(dist.entropy(), reference.entropy())
+
+
+def test_normal_is_that_of_torch_distributions():
+    torch.manual_seed(0)
+    mean, std, x = torch.randn(4, 3), torch.rand(4, 3) + 0.1, torch.randn(4, 3)
+    ours, reference = D.Normal(mean, std), torch.distributions.Normal(mean, std)
+    close(ours.log_prob(x), reference.log_prob(x).sum(-1))
+    close(ours.entropy(), reference.entropy().sum(-1))
+    uniform = torch.rand(4, 3) * 0.98 + 0.01
+    close(ours.sample(uniform), reference.icdf(uniform), rtol=1e-4, atol=1e-5)
+    equal(ours.sample(None), mean)
+    grid = ((torch.arange(100_000) + 0.5) / 100_000)[:, None, None].expand(-1, 4, 3)
+    close(ours.sample(grid).mean(0), mean, atol=1e-3)
+    close(ours.sample(grid).std(0), std, rtol=1e-2)
+    assert ours.sample(torch.tensor([0.0, 0.5, 1.0]).expand(4, 3)).isfinite().all()
+
+
+def test_an_action_distribution_samples_every_head_with_noise_of_its_own_and_sums_over_heads():
+    space = Dict(a=Discrete(3), b=Box(-1, 1, (2,)), c=MultiDiscrete([2, 4]))
+    agent = make_agent(actions=space, perturb=0.5)
+    feat = torch.randn(5, 64 + 30)
+    dist, x, uniform = agent.actor(feat), agent.actor.mlp(feat), torch.rand(5, agent.actions.noise)
+    out = [[layer(x) for layer in layers] for layers in agent.actor.outputs]
+    c = out[2][0].split([2, 4], -1)
+    references = [Categorical(logits=out[0][0]), torch.distributions.Normal(out[1][0].tanh(), 0.9 * (out[1][1] + 2).sigmoid() + 0.1),
+                  Categorical(logits=c[0]), Categorical(logits=c[1])]
+    action = dist.sample(uniform)
+    choice, (a, b, *cs) = lambda x: x.argmax(-1), action.split([3, 2, 2, 4], -1)
+    close(b, references[1].icdf(uniform[:, 1:3]), rtol=1e-4, atol=1e-5)
+    for onehot, reference, u in zip((a, *cs), (references[0], *references[2:]), (uniform[:, 0], uniform[:, 3], uniform[:, 4])):
+        equal(choice(onehot), (reference.probs.cumsum(-1) < u[:, None]).sum(-1))
+    terms = [references[0].log_prob(choice(a)), references[1].log_prob(b).sum(-1)]
+    close(dist.log_prob(action), sum(terms) + sum(r.log_prob(choice(x)) for r, x in zip(references[2:], cs)), atol=1e-5)
+    close(dist.entropy(), sum(r.entropy().reshape(5, -1).sum(-1) for r in references), atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------------- returns
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5, 0.95, 1.0])
+def test_lambda_return_is_the_mixture_of_all_n_step_returns(lam):
+    torch.manual_seed(0)
+    reward, value, discount = torch.randn(3, 9), torch.randn(3, 9), torch.rand(3, 9)
+    discount[0, 4] = 0  # a terminal in the middle: nothing after it may count
+    returns = D.lambda_return(reward, value, discount, lam)
+    for b, t in itertools.product(range(3), range(8)):
+        steps, n_step, factor, collected = 8 - t, [], 1.0, 0.0
+        for k in range(t + 1, 9):  # n-step return: rewards of n steps, then the value there
+            collected, factor = collected + factor * reward[b, k], factor * discount[b, k]
+            n_step.append(collected + factor * value[b, k])
+        weights = [(1 - lam) * lam**n for n in range(steps - 1)] + [lam ** (steps - 1)]
+        close(returns[b, t], sum(w * g for w, g in zip(weights, n_step)), rtol=1e-4, atol=1e-5)
+    if lam == 0:  # one step of bootstrapping
+        close(returns, (reward + discount * value)[:, 1:])
+
+
+def test_nothing_after_a_terminal_or_truncated_step_enters_the_return_of_the_steps_before():
+    torch.manual_seed(0)
+    reward, value, discount, lam = torch.randn(1, 6), torch.randn(1, 6), torch.full((1, 6), 0.9), torch.full((1, 6), 0.95)
+    lam[0, 3] = 0  # step 3 ends an episode by time limit: its value counts, what follows does not
+    truncated = D.lambda_return(reward, value, discount, lam)
+    close(truncated[0, 2], reward[0, 3] + 0.9 * value[0, 3])
+    discount[0, 3] = 0  # or by a terminal: not even its value counts
+    close(D.lambda_return(reward, value, discount, lam)[0, 2], reward[0, 3])
+    reward[0, 4:], value[0, 4:] = 100, 100
+    equal(D.lambda_return(reward, value, torch.full((1, 6), 0.9), lam)[0, :3], truncated[0, :3])
+
+
+def test_return_range_is_a_moving_average_of_numpy_percentiles():
+    norm, low, high = D.ReturnNormalizer(), 0.0, 0.0
+    for i in range(5):
+        x = np.random.default_rng(i).normal(100 * i, 300, (16, 15)).astype(np.float32)
+        low, high = (0.99 * old + 0.01 * np.percentile(x, q) for old, q in ((low, 5), (high, 95)))
+        close(norm(torch.from_numpy(x)), max(1.0, high - low), rtol=1e-4)
+        close(norm.range, [low, high], rtol=1e-4, atol=1e-4)
+    assert D.ReturnNormalizer()(torch.randn(9, 9)) == 1  # small returns are not blown up
+
+
+def test_actor_and_critic_losses_are_those_of_a_naive_loop_over_dreams():
+    agent = make_agent(perturb=0.3)
+    torch.manual_seed(3)
+    n, h = 4, 5
+    deter, stoch = torch.randn(n, 64).tanh(), F.one_hot(torch.randint(5, (n, 6)), 5).float()
+    z_noise, a_noise = torch.rand(n, h, 6), torch.rand(n, h + 1, 1)
+    agent.retnorm.range.copy_(torch.tensor([-300.0, 900.0]))
+    losses, returns, _ = agent.imagination_loss(deter, stoch, z_noise, a_noise)
+    low, high = -300.0, 900.0
+    low, high = (0.99 * old + 0.01 * np.percentile(returns, q) for old, q in ((low, 5), (high, 95)))
+    with torch.no_grad():
+        for i in range(n):
+            d, z, feats, logps, entropies = deter[i : i + 1], stoch[i : i + 1], [], [], []
+            for t in range(h + 1):
+                feats.append(D.features(d, z))
+                pi = Categorical(logits=agent.actor.outputs[0][0](agent.actor.mlp(feats[-1])))
+                a = (pi.probs.cumsum(-1) < a_noise[i : i + 1, t]).sum(-1)  # inverse CDF
+                logps.append(pi.log_prob(a))
+                entropies.append(pi.entropy())
+                d, z = agent.wm.rssm.img_step(d, z, F.one_hot(a, 4).float(), z_noise[i : i + 1, min(t, h - 1)])
+            mean = lambda logits: (logits.softmax(-1) * D.SymexpTwoHot(logits).bins).sum()
+            reward, value = [mean(agent.wm.reward(f)) for f in feats], [agent.critic(f).pred()[0] for f in feats]
+            cont = [agent.wm.cont(f).sigmoid()[0, 0] for f in feats]
+            target = value[h]
+            for t in reversed(range(h)):
+                target = reward[t + 1] + cont[t + 1] * (0.05 * value[t + 1] + 0.95 * target)
+                weight = np.prod([float(c) for c in cont[: t + 1]])
+                critic, slow_mean = D.SymexpTwoHot(agent.critic.mlp(feats[t])), agent.slow_critic(feats[t]).pred()
+                expected = {"policy": -weight * (logps[t] * (target - value[t]) / (high - low) + 3e-4 * entropies[t]),
+                            "value": weight * (critic.loss(target[None]) + critic.loss(slow_mean))}
+                scale = float(max(abs(v) for v in (*value, *reward))) + 1  # bins of ±4.8e8 cancel in these means
+                close(returns[i, t], target, rtol=1e-3, atol=1e-4 * scale)
+                for name, x in expected.items():
+                    close(losses[name][i, t], x[0], rtol=2e-3, atol=1e-4 + 1e-4 * scale / (high - low))
+
+
+def test_replay_value_loss_is_that_of_a_naive_loop_and_zero_where_an_episode_ends():
+    agent = make_agent(perturb=0.1)
+    torch.manual_seed(3)
+    data = {"reward": torch.randn(2, 7), "is_last": torch.zeros(2, 7, dtype=torch.bool),
+            "is_terminal": torch.zeros(2, 7, dtype=torch.bool)}
+    data["is_last"][0, 2] = data["is_last"][1, 4] = data["is_terminal"][1, 4] = True
+    feat, boot = torch.randn(2, 7, 94), torch.randn(2, 7)
+    loss = agent.replay_value_loss(data, feat, boot)
+    assert loss.shape == (2, 6) and loss[0, 2] == loss[1, 4] == 0
+    for b in range(2):
+        target = boot[b, 6]
+        for t in reversed(range(6)):
+            c = 0.95 * (1 - float(data["is_last"][b, t + 1]))
+            gamma = (1 - 1 / 333) * (1 - float(data["is_terminal"][b, t + 1]))
+            target = data["reward"][b, t + 1] + gamma * ((1 - c) * boot[b, t + 1] + c * target)
+            critic = agent.critic(feat[b, t])
+            expected = critic.loss(target) + critic.loss(agent.slow_critic(feat[b, t]).pred())
+            close(loss[b, t], 0.0 if data["is_last"][b, t] else expected, rtol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------- layers
+
+
+def test_rms_norm_divides_by_the_root_mean_square_in_float32():
+    torch.manual_seed(0)
+    norm, x = D.RMSNorm(12), torch.randn(5, 12)
+    norm.weight.data.uniform_(0.5, 2)
+    expected = x / ((x**2).mean(-1, keepdim=True) + 1e-4).sqrt() * norm.weight
+    close(norm(x), expected)
+    close(norm(torch.full((1, 12), 1e-3)), 1e-3 / (1e-6 + 1e-4) ** 0.5 * norm.weight[None])  # eps inside the root
+    assert norm(x.bfloat16()).dtype == torch.bfloat16
+    equal(norm(x.bfloat16()), norm(x.bfloat16().float()).bfloat16())
+
+
+def test_block_linear_is_separate_linear_layers_on_each_block_and_the_shared_inputs():
+    torch.manual_seed(0)
+    layer, x, shared = D.BlockLinear(24, 16, 8, shared=5), torch.randn(7, 24), torch.randn(7, 5)
+    layer.bias.data.normal_()
+    blocks = [torch.cat([x[:, 3 * g : 3 * g + 3], shared], 1) @ layer.weight[g] + layer.bias[2 * g : 2 * g + 2] for g in range(8)]
+    close(layer(x, shared), torch.cat(blocks, 1))
+    plain = D.BlockLinear(24, 16, 8)
+    close(plain(x), x @ torch.block_diag(*plain.weight), atol=1e-5)
+
+
+def test_weights_start_as_truncated_normals_of_the_full_fan_in():
+    torch.manual_seed(0)
+    layers = {D.Linear(400, 300).weight: 400, D.BlockLinear(512, 512, 8, shared=192).weight: 512 + 8 * 192,
+              D.Conv(32, 64).conv.weight: 25 * 32}
+    for weight, fan_in in layers.items():  # 1.1368 is 1 / the standard deviation that truncation leaves, almost
+        close(weight.std(), 1.1368 * 0.8796 / fan_in**0.5, rtol=1e-2)
+        assert weight.abs().max() <= 2 * 1.1368 / fan_in**0.5 + 1e-7
+    close(D.Linear(400, 300, outscale=0.01).weight.std(), 1e-2 / 20, rtol=2e-2)
+
+
+def test_the_smallest_size_has_640867_trainable_parameters_on_walker():
+    agent = D.Dreamer(Box(-np.inf, np.inf, (24,)), Box(-1, 1, (6,)), D.Args(size="1m", cuda=False))
+    assert sum(p.numel() for p in agent.parameters() if p.requires_grad) == 640_867
+
+
+@pytest.mark.parametrize("size,millions", [("1m", 0.69), ("12m", 10.5), ("25m", 23.5), ("50m", 41.7), ("100m", 93.5),
+                                           ("200m", 166.0), ("400m", 372.9)])
+def test_every_size_has_the_published_number_of_parameters_for_images_and_18_actions(size, millions):
+    dims = D.SIZES[size]
+    feat = dims.deter + dims.latents * dims.classes
+    with torch.device("meta"):  # shapes without memory
+        leaf = D.Leaf("image", (64, 64, 3))
+        modules = D.WorldModel({"obs": leaf}, 18, dims), D.Actor(feat, {"obs": ("discrete", (18,))}, dims.units), D.Critic(feat, dims.units)
+    count = sum(p.numel() for module in modules for p in module.parameters())
+    assert round(count / 1e6, 2 if millions < 1 else 1) == millions, count
+
+
+def test_rewards_and_values_are_exactly_zero_before_learning():
+    agent = make_agent()
+    feat = torch.randn(20, 94)
+    equal(D.SymexpTwoHot(agent.wm.reward(feat)).pred(), torch.zeros(20))
+    equal(agent.critic(feat).pred(), torch.zeros(20))
+    equal(agent.slow_critic(feat).pred(), torch.zeros(20))
+
+
+# ---------------------------------------------------------------------------------------------------------- world model
+
+
+def sequence(batch=3, length=9, tokens=8, actions=3, seed=0):
+    """An RSSM with inputs for `observe`: initial state, tokens, previous actions, is_first, noise."""
+    torch.manual_seed(seed)
+    rssm = D.RSSM(tokens, actions, TINY)
+    first = torch.zeros(batch, length, dtype=torch.bool)
+    deter, stoch = torch.randn(batch, 64), F.one_hot(torch.randint(5, (batch, 6)), 5).float()
+    return rssm, [deter, stoch, torch.randn(batch, length, tokens), 2 * torch.randn(batch, length, actions), first,
+                  torch.rand(batch, length, 6)]
+
+
+def test_two_episodes_joined_by_is_first_equal_two_separate_runs():
+    rssm, (deter, stoch, *x) = sequence()
+    x[2][:, 5] = True
+    joined = rssm.observe(deter, stoch, *x)
+    before = rssm.observe(deter, stoch, *(v[:, :5] for v in x))
+    after = [v[:, 5:].clone() for v in x]
+    after[1][:, 0] = 0  # the first step of an episode has no previous action
+    after[2][:] = False
+    after = rssm.observe(*rssm.initial(3), *after)
+    for whole, a, b in zip(joined, before, after):
+        close(whole, torch.cat([a, b], 1))
+
+
+def test_later_observations_actions_and_noise_cannot_change_earlier_states():
+    rssm, (deter, stoch, *x) = sequence()
+    base = rssm.observe(deter, stoch, *x)
+    for i in (0, 1, 3):
+        changed = [v.clone() for v in x]
+        changed[i][:, 6:] = torch.rand_like(changed[i][:, 6:])
+        for old, new in zip(base, rssm.observe(deter, stoch, *changed)):
+            equal(old[:, :6], new[:, :6])
+        assert not torch.equal(base[0], rssm.observe(deter, stoch, *changed)[0])
+
+
+def test_an_action_outside_of_the_unit_interval_counts_as_its_sign_and_keeps_its_gradient_scale():
+    rssm, _ = sequence()
+    action = torch.tensor([[0.3, -5.0, 7.0]], requires_grad=True)
+    unit = torch.tensor([[0.3, -1.0, 1.0]], requires_grad=True)
+    close(rssm.embed(action), rssm.embed(unit))
+    weights = torch.randn(1, 16)
+    (got,), (want,) = (torch.autograd.grad((weights * rssm.embed(a)).sum(), a) for a in (action, unit))
+    close(got, want / torch.tensor([[1.0, 5.0, 7.0]]))  # no gradient through the denominator
+
+
+def test_the_recurrence_is_the_block_gru_of_the_specification():
+    rssm, (deter, stoch, *_) = sequence()
+    action = torch.rand(3, 3)
+    layer = lambda net, x: F.silu(net[1].weight * (y := net[0](x)) / (y.square().mean(-1, keepdim=True) + 1e-4).sqrt())
+    inputs = torch.cat([layer(rssm.deter_in, deter), layer(rssm.stoch_in, stoch.flatten(1)), layer(rssm.action_in, action)], 1)
+    blocks = [torch.cat([deter[:, 8 * g : 8 * g + 8], inputs], 1) @ rssm.hidden.weight[g] for g in range(8)]
+    x = torch.cat(blocks, 1)
+    x = F.silu(x / (x.square().mean(-1, keepdim=True) + 1e-4).sqrt())
+    for g in range(8):
+        reset, cand, update = (x[:, 8 * g : 8 * g + 8] @ rssm.gates.weight[g]).split(8, -1)
+        u = torch.sigmoid(update - 1)
+        expected = u * torch.tanh(reset.sigmoid() * cand) + (1 - u) * deter[:, 8 * g : 8 * g + 8]
+        close(rssm.core(deter, stoch, rssm.embed(action))[:, 8 * g : 8 * g + 8], expected, atol=1e-5)
+
+
+def test_imagination_with_given_actions_is_the_prior_path():
+    rssm, (deter, stoch, _, actions, _, noise) = sequence()
+    deters, stochs, taken = rssm.imagine(deter, stoch, lambda h, z, t: actions[:, t], 9, noise)
+    equal(taken, actions)
+    equal(deters[:, 0], deter)
+    for t in range(9):
+        deter = rssm.core(deter, stoch, rssm.embed(actions[:, t]))
+        probs = mixed(rssm.prior(deter).view(3, 6, 5)).base_dist.probs
+        stoch = F.one_hot((probs.cumsum(-1) < noise[:, t, :, None]).sum(-1), 5).float()
+        close(deters[:, t + 1], deter)
+        close(stochs[:, t + 1], stoch)
+
+
+def test_dreaming_and_observing_share_one_recurrence():
+    rssm, (deter, stoch, *x) = sequence()
+    deters, stochs, _ = rssm.observe(deter, stoch, *x)
+    for t in range(8):  # the next h depends on h, z and a alone
+        close(rssm.img_step(deters[:, t], stochs[:, t], x[1][:, t + 1], None)[0], deters[:, t + 1])
+
+
+def test_a_dream_reconstructs_its_context_and_then_sees_no_observation():
+    agent = make_agent(perturb=0.1)
+    data, noise = agent.prepare(batch_of(agent)), torch.rand(4, 8, 6)
+    data["is_first"] = torch.zeros_like(data["is_first"])
+    dream = agent.wm.dream(data, 3, noise)["obs"]
+    deter, stoch, _ = agent.wm.rssm.observe(*data["carry"], agent.wm.encode(data["obs"]), data["prev_action"],
+                                            data["is_first"], noise)
+    recon = agent.wm.decoder(deter.flatten(0, 1), stoch.flatten(0, 1))["obs"].view(dream.shape)
+    close(dream[:, :3], recon[:, :3])
+    assert not torch.allclose(dream[:, 3:], recon[:, 3:])
+    data["obs"]["obs"][:, 3:] = 7.0
+    equal(agent.wm.dream(data, 3, noise)["obs"], dream)
+    data["prev_action"][:, 5] = 1 - data["prev_action"][:, 5]
+    changed = agent.wm.dream(data, 3, noise)["obs"]
+    equal(changed[:, :5], dream[:, :5])
+    assert not torch.equal(changed[:, 5], dream[:, 5])
+
+
+GRADIENTS = {  # loss: what it may move, through time and through the straight-through samples
+    "rec": "encoder core posterior decoder", "rew": "encoder core posterior reward", "con": "encoder core posterior cont",
+    "dyn": "encoder core posterior prior", "rep": "encoder core posterior", "policy": "actor", "value": "critic",
+    "repval": "encoder core posterior critic",
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_each_loss_moves_its_modules_and_no_other(name):
+    agent = make_agent(perturb=0.2)
+    batch = batch_of(agent)
+    data, noise = agent.prepare(batch), noise_of(agent, batch)
+    losses, (deter, stoch, _), _ = agent.wm.loss(data, noise[0], agent.args.gamma, 0.0)
+    imag, returns, _ = agent.imagination_loss(deter.flatten(0, 1), stoch.flatten(0, 1), *noise[1:])
+    losses |= imag | {"repval": agent.replay_value_loss(data, D.features(deter, stoch), returns[:, 0].view(4, 8))}
+    assert losses.keys() == GRADIENTS.keys()
+    wm, rssm = agent.wm, agent.wm.rssm
+    modules = dict(encoder=wm.encoder, prior=rssm.prior, posterior=rssm.posterior, decoder=wm.decoder, reward=wm.reward,
+                   cont=wm.cont, actor=agent.actor, critic=agent.critic, slow_critic=agent.slow_critic)
+    modules["core"] = torch.nn.ModuleList([rssm.deter_in, rssm.stoch_in, rssm.action_in, rssm.hidden, rssm.gates])
+    losses[name].mean().backward()
+    moved = {k for k, module in modules.items() if any(p.grad is not None and p.grad.any() for p in module.parameters())}
+    assert moved == set(GRADIENTS[name].split())
+
+
+def test_the_total_is_the_sum_of_the_mean_losses_times_their_scales():
+    agent = make_agent(perturb=0.1)
+    batch = batch_of(agent)
+    _, metrics, _ = agent.loss(agent.prepare(batch), noise_of(agent, batch))
+    scales = dict(rec=1, rew=1, con=1, dyn=1, rep=0.1, policy=1, value=1, repval=0.3)
+    close(metrics["losses/total"], sum(v * metrics[f"losses/{k}"] for k, v in scales.items()), rtol=1e-5)
+
+
+def test_image_vector_and_discrete_reconstruction_losses_are_sums_over_their_elements():
+    space = Dict(camera=Box(0, 255, (48, 48, 3), np.uint8), speed=Box(-9, 9, (3,)), mode=MultiDiscrete([3, 4]))
+    agent = make_agent(space)
+    obs = agent.observations({"camera": np.random.randint(0, 256, (2, 48, 48, 3), np.uint8),
+                              "speed": np.array([[5.0, -2, 0], [1, 2, 3]], np.float32), "mode": np.array([[2, 3], [0, 1]])})
+    obs = {k: torch.from_numpy(x) for k, x in obs.items()}
+    recon = agent.wm.decoder(torch.randn(2, 64), torch.rand(2, 6, 5))
+    losses = agent.wm.decoder.loss(recon, obs)
+    close(losses["camera"], [((recon["camera"][i] - obs["camera"][i] / 255) ** 2).sum() for i in range(2)], rtol=1e-4)
+    log = torch.sign(obs["speed"]) * torch.log(1 + obs["speed"].abs())
+    close(losses["speed"], ((recon["speed"] - log) ** 2).sum(-1))
+    expected = [-Categorical(logits=recon["mode"][:, a:b]).log_prob(obs["mode"][:, i]) for i, (a, b) in enumerate([(0, 3), (3, 7)])]
+    close(losses["mode"], -sum(-x for x in expected))
