@@ -591,20 +591,25 @@ class OneHot:
     """Categorical over one-hot vectors (…, C), mixed with `unimix` of the uniform distribution; see RSSM and Actor."""
 
     def __init__(self, logits: torch.Tensor, unimix: float = 0.0):
-        self.logp = logits.float().log_softmax(-1)
-        self.probs = self.logp.exp()
+        self.logits, self.unimix = logits.float(), unimix
+        exp = (self.logits - self.logits.amax(-1, keepdim=True).detach()).exp()
+        self.probs = exp / exp.sum(-1, keepdim=True)  # on a CPU torch's own softmax takes 3 times as long for few classes
         if unimix:  # keeps every class possible, so that log-probabilities and KL stay bounded
             self.probs = (1 - unimix) * self.probs + unimix / logits.shape[-1]
-            self.logp = self.probs.log()
+
+    @property
+    def logp(self) -> torch.Tensor:
+        return self.probs.log() if self.unimix else self.logits.log_softmax(-1)
 
     def sample(self, uniform: torch.Tensor | None) -> torch.Tensor:
         """One-hot sample by inverse CDF from `uniform` (…) in [0, 1), the mode for None. Straight-through gradient."""
         if uniform is None:
-            index = self.probs.argmax(-1)
-        else:
-            index = (self.probs.detach().cumsum(-1) <= uniform[..., None]).sum(-1).clamp(max=self.probs.shape[-1] - 1)
-        onehot = (index[..., None] == torch.arange(self.probs.shape[-1], device=index.device)).float()
-        return onehot + self.probs - self.probs.detach()
+            index = self.probs.argmax(-1, keepdim=True)
+        else:  # the number of classes that lie wholly below the noise; the clamp is for a CDF that rounds below 1
+            index = (self.probs.detach().cumsum(-1) <= uniform[..., None]).sum(-1, keepdim=True)
+            index.clamp_(max=self.probs.shape[-1] - 1)
+        onehot = torch.zeros_like(self.probs).scatter_(-1, index, 1.0)
+        return onehot + self.probs - self.probs.detach() if self.probs.requires_grad else onehot
 
     def log_prob(self, onehot: torch.Tensor) -> torch.Tensor:
         return (onehot * self.logp).sum(-1)
@@ -674,11 +679,14 @@ class BlockLinear(nn.Module):
 
     def forward(self, x: torch.Tensor, shared: torch.Tensor | None = None) -> torch.Tensor:
         """(N, inputs), (N, shared) → (N, outputs)."""
+        return self.grouped(x, shared).transpose(0, 1).flatten(1)
+
+    def grouped(self, x: torch.Tensor, shared: torch.Tensor | None = None) -> torch.Tensor:
+        """The same, left as the products deliver it: (G, N, outputs / G)."""
         blocks = self.weight.shape[0]
-        y = torch.bmm(x.unflatten(-1, (blocks, self.own)).transpose(0, 1), self.weight[:, : self.own])  # (G, N, out/G)
-        if shared is not None:
-            y = torch.baddbmm(y, shared.expand(blocks, -1, -1), self.weight[:, self.own :])
-        return y.transpose(0, 1).flatten(1) + self.bias
+        x = x.unflatten(-1, (blocks, self.own)).transpose(0, 1)
+        y = torch.baddbmm(self.bias.view(blocks, 1, -1), x, self.weight[:, : self.own])
+        return y if shared is None else torch.baddbmm(y, shared.expand(blocks, -1, -1), self.weight[:, self.own :])
 
 
 class Layer(nn.Sequential):
@@ -836,12 +844,12 @@ class RSSM(nn.Module):
         """(B, D), (B, S, C), embedded action (B, hidden) → next deter (B, D)."""
         x = torch.cat([self.deter_in(deter), self.stoch_in(stoch.flatten(1)), action], -1)
         x = F.silu(self.hidden_norm(self.hidden(deter, x)))
-        gates = self.gates(x).unflatten(-1, (self.size.blocks, 3, -1))  # every block holds its own three gates
-        reset, cand, update = (g.flatten(1) for g in gates.unbind(2))
+        reset, cand, update = self.gates.grouped(x).chunk(3, -1)  # (G, B, D / G): every block has its own three gates
         cand = torch.tanh(torch.sigmoid(reset) * cand)
         update = torch.sigmoid(update - 1)  # the −1 makes forgetting slow at the start
         # hₜ = uₜ · cₜ + (1 − uₜ) · hₜ₋₁
-        return torch.lerp(deter, cand, update)
+        blocks = deter.unflatten(-1, (self.size.blocks, -1)).transpose(0, 1)
+        return torch.lerp(blocks, cand, update).transpose(0, 1).flatten(1)
 
     def img_step(self, deter: torch.Tensor, stoch: torch.Tensor, action: torch.Tensor,
                  noise: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

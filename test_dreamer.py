@@ -313,10 +313,10 @@ def mixed(logits, unimix=0.01):
 def test_kl_is_that_of_torch_distributions_with_free_nats_after_the_sum_over_latents():
     torch.manual_seed(0)
     rssm = D.RSSM(8, 3, TINY)
-    scale = torch.tensor([0.05, 0.5, 1.0, 3.0, 30.0])[:, None, None]  # from below a free nat to far above
+    scale = torch.tensor([0.05, 0.8, 1.0, 3.0, 30.0])[:, None, None]  # from below a free nat to far above
     post, prior = scale * torch.randn(5, 6, 5), scale * torch.randn(5, 6, 5)
     kl = kl_divergence(mixed(post), mixed(prior))
-    assert kl[0] < 1 < kl[1] and kl[1] / 6 < 1  # taking the nat off every latent would be seen
+    assert kl[0] < 1 < kl[1] < 6  # here free nats before the sum would give another number
     for x in rssm.kl_loss(post, prior):
         close(x, kl.clamp(min=1), rtol=1e-4)
     close(rssm.kl_loss(post, prior, free=0.0)[0], kl, rtol=1e-4)
@@ -686,8 +686,474 @@ def test_image_vector_and_discrete_reconstruction_losses_are_sums_over_their_ele
     obs = {k: torch.from_numpy(x) for k, x in obs.items()}
     recon = agent.wm.decoder(torch.randn(2, 64), torch.rand(2, 6, 5))
     losses = agent.wm.decoder.loss(recon, obs)
-    close(losses["camera"], [((recon["camera"][i] - obs["camera"][i] / 255) ** 2).sum() for i in range(2)], rtol=1e-4)
+    close(losses["camera"], ((recon["camera"] - obs["camera"] / 255) ** 2).flatten(1).sum(1), rtol=1e-4)
     log = torch.sign(obs["speed"]) * torch.log(1 + obs["speed"].abs())
     close(losses["speed"], ((recon["speed"] - log) ** 2).sum(-1))
-    expected = [-Categorical(logits=recon["mode"][:, a:b]).log_prob(obs["mode"][:, i]) for i, (a, b) in enumerate([(0, 3), (3, 7)])]
-    close(losses["mode"], -sum(-x for x in expected))
+    logps = [Categorical(logits=x).log_prob(obs["mode"][:, i]) for i, x in enumerate(recon["mode"].split([3, 4], -1))]
+    close(losses["mode"], -sum(logps))
+
+
+# --------------------------------------------------------------------------------------------------------------- replay
+
+
+def integers(capacity=60, envs=3, length=4, steps=0, seed=0):
+    """A replay whose rows say where they come from: step t of environment e holds (e, t), its latent 1000·e + t."""
+    specs = {"env_id": ((), torch.int64), "t": ((), torch.int64), "stoch": ((2,), torch.int64), "is_last": ((), torch.bool)}
+    replay = D.ReplayBuffer(capacity, envs, length, specs, seed)
+    for t in range(steps):
+        add(replay, t)
+    return replay
+
+
+def add(replay, t):
+    e = np.arange(replay.num_envs)
+    replay.add({"env_id": e, "t": np.full(len(e), t), "stoch": np.stack([1000 * e + t] * 2, 1), "is_last": e < 0})
+
+
+@pytest.mark.parametrize("steps", [5, 12, 20, 21, 33, 47])
+def test_windows_are_consecutive_steps_of_one_environment_and_never_cross_the_write_head(steps):
+    replay = integers(steps=steps)
+    assert len(replay) == 3 * min(steps, 20)
+    for _ in range(20):
+        batch = replay.sample(16)
+        equal(batch["t"].diff(dim=1), torch.ones(16, 4))
+        assert (batch["env_id"] == batch["env"][:, None]).all()
+        assert batch["t"].min() >= max(0, steps - 20) and batch["t"].max() <= steps - 1  # the last 20 steps, exactly
+
+
+def test_uniform_draws_cover_all_windows_of_all_environments_evenly():
+    replay, n = integers(steps=33), 6400
+    replay.online.clear()
+    batch = replay.sample(n)
+    counts = torch.zeros(3, 33)
+    counts.index_put_((batch["env"], batch["t"][:, 0]), torch.ones(n), accumulate=True)
+    assert not counts[:, :13].any() and not counts[:, 29:].any()  # 33 steps in 20 rows, windows of 5
+    expected = n / (3 * 16)
+    assert ((counts[:, 13:29] - expected) ** 2 / expected).sum() < 48 + 5 * (2 * 48) ** 0.5  # chi-square, 5 sigma
+    assert not torch.equal(integers(steps=33, seed=1).sample(64)["t"], integers(steps=33, seed=2).sample(64)["t"])
+
+
+def test_the_online_queue_serves_every_fresh_step_once_before_uniform_draws():
+    replay, served = integers(capacity=300), []
+    for t in range(50):
+        add(replay, t)
+        fresh = len(replay.online)
+        if t % 7 == 6:
+            batch = replay.sample(4)
+            assert len(replay.online) == max(0, fresh - 4)
+            served += [(int(e), int(t)) for e, row in zip(batch["env"][:fresh], batch["t"][:fresh]) for t in row]
+    batch = replay.sample(len(replay.online) or 1)
+    served += [(int(e), int(t)) for e, row in zip(batch["env"], batch["t"]) for t in row][: 150 - len(served)]
+    assert sorted(served) == [(e, t) for e in range(3) for t in range(50)]
+
+
+def test_fresh_windows_that_were_overwritten_before_their_turn_are_not_served():
+    replay = integers(steps=48)  # nine windows of each environment queued, the last four steps open; 20 rows are left
+    assert replay.sample(30)["t"].min() >= 28
+    assert not replay.online
+
+
+def test_write_back_changes_exactly_the_trained_rows_of_the_sampled_windows():
+    replay = integers(steps=33)
+    batch = replay.sample(6)
+    replay.write_back(batch, stoch=-batch["stoch"][:, 1:])
+    written = {(int(e), int(t)) for e, row in zip(batch["env"], batch["t"]) for t in row[1:]}
+    for e, row in itertools.product(range(3), range(20)):
+        t = int(replay.data["t"][e, row])
+        sign = -1 if (e, t) in written else 1
+        equal(replay.data["stoch"][e, row], torch.tensor([sign * (1000 * e + t)] * 2))
+
+
+def test_a_restored_replay_draws_what_the_saved_one_would_have_drawn_and_ends_the_broken_episodes(tmp_path):
+    replay = integers(steps=33)
+    replay.sample(2)
+    torch.save(replay.state_dict(), tmp_path / "replay.pt")
+    restored = integers(seed=9)
+    restored.load_state_dict(torch.load(tmp_path / "replay.pt", weights_only=True))
+    assert len(restored) == len(replay) and restored.online == replay.online
+    assert restored.data["is_last"].sum() == 3 and restored.data["is_last"][:, 32 % 20].all()
+    for t in range(33, 60):
+        for r in (replay, restored):
+            add(r, t)
+        a, b = replay.sample(3), restored.sample(3)
+        assert all(torch.equal(a[k], b[k]) for k in a if k != "is_last")
+    with pytest.raises(D.InputError, match="layout"):
+        integers(capacity=90).load_state_dict(replay.state_dict())
+
+
+# ------------------------------------------------------------------------------------------- from environment to update
+
+
+class Echo(gym.Env):
+    """Observes [action that led here, reward that came with it, terminated, truncated]; zeros after a reset."""
+    observation_space = Box(-np.inf, np.inf, (6,), np.float32)
+    action_space = Dict(c=Box(np.float32([-2, 0]), np.float32([4, 1])), d=Discrete(3, start=5))
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t, self.length, self.limit = 0, self.np_random.integers(1, 6), self.np_random.random() < 0.5
+        return np.zeros(6, np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        reward, end = float(self.np_random.normal()), self.t == self.length
+        obs = np.float32([*action["c"], action["d"], reward, end and not self.limit, end and self.limit])
+        return obs, reward, bool(obs[4]), bool(obs[5]), {}
+
+
+def test_observation_reward_flags_and_previous_action_of_a_trained_step_belong_together():
+    agent = make_agent(Echo.observation_space, Echo.action_space, perturb=0.5)
+    loop = Loop(agent, Echo, num_envs=3, capacity=150).fill(120)  # wraps around
+    batch = loop.replay.sample(64)
+    data = agent.prepare(batch)
+    obs, first, last = data["obs"]["obs"].flatten(0, 1), data["is_first"].flatten(), data["is_last"].flatten()
+    assert first.sum() > 20 and data["is_terminal"].sum() > 20 and (last & ~data["is_terminal"].flatten()).sum() > 20
+    assert not obs[first].any()
+    actions = agent.actions.decode(data["prev_action"].flatten(0, 1).numpy())
+    for ours, theirs in ((actions["c"], obs[:, :2]), (actions["d"], obs[:, 2])):
+        close(torch.as_tensor(ours)[~first], theirs[~first], atol=1e-5)
+    close(data["reward"].flatten(), obs[:, 3])
+    equal(data["is_terminal"].flatten(), obs[:, 4] > 0)
+    equal(last, (obs[:, 4:] > 0).any(1))
+    equal(batch["is_first"][:, 1:], batch["is_last"][:, :-1])  # a new episode follows the last step of another
+    assert (obs[:, :2].abs() > 0).any() and (batch["action"][..., :2].abs() > 1).any()  # raw samples are stored, unclipped
+
+
+def test_acting_and_training_give_the_same_posterior_for_the_same_inputs_and_noise():
+    agent = make_agent(Echo.observation_space, Echo.action_space, perturb=0.5)
+    rng = torch.Generator().manual_seed(0)
+    rng.set_state(agent.act_rng.get_state())
+    loop = Loop(agent, Echo, capacity=200, deter=torch.float32).fill(60)  # float32, to compare to rounding
+    z_noise = torch.cat([agent.noise(rng, (2, 1, 6), (2, agent.actions.noise))[0] for _ in range(60)], 1)
+    batch = loop.replay.sample(16)
+    data, steps = agent.prepare(batch), batch["row"][:, 1:]
+    noise = z_noise[batch["env"][:, None], steps]
+    deter, stoch, _ = agent.wm.rssm.observe(*data["carry"], agent.wm.encode(data["obs"]), data["prev_action"],
+                                            data["is_first"], noise)
+    close(deter, batch["deter"][:, 1:], rtol=1e-4, atol=1e-5)
+    equal(stoch.argmax(-1), batch["stoch"][:, 1:].long())
+
+
+def test_update_hands_the_fresh_posterior_of_the_trained_steps_to_write_back():
+    agent, reference = make_agent(perturb=0.3), make_agent(perturb=0.3)
+    batch = batch_of(agent)
+    data, noise = reference.prepare(batch), reference.noise(reference.learn_rng, (4, 8, 6))[0]
+    deter, stoch, _ = reference.wm.rssm.observe(*data["carry"], reference.wm.encode(data["obs"]), data["prev_action"],
+                                                data["is_first"], noise)
+    agent.update(batch)
+    close(batch["deter"], deter)
+    equal(batch["stoch"], stoch.argmax(-1))
+
+
+OBSERVATIONS = {
+    "vector": VECTOR, "float of no dimension": Box(-1, 1, ()), "float64 matrix": Box(-5, 5, (2, 3), np.float64),
+    "integers": Box(-10, 10, (4,), np.int64), "bytes": Box(0, 255, (7,), np.uint8), "discrete": Discrete(4, start=-1),
+    "multidiscrete": MultiDiscrete([[2, 3], [4, 5]]), "multibinary": MultiBinary((2, 2)),
+    "gray image": Box(0, 255, (40, 30), np.uint8), "gray image with a channel": Box(0, 255, (48, 48, 1), np.uint8),
+    "colour image": Box(0, 255, (96, 50, 3), np.uint8), "bool image": Box(0, 1, (20, 20), np.bool_),
+    "nested dict with images": Dict({"eyes": Dict(left=Box(0, 255, (48, 48, 3), np.uint8), right=Box(0, 255, (9, 9), np.uint8)),
+                                     "joints.x": Box(-1, 1, (2,)), "mode": Tuple([Discrete(2), MultiBinary(3)])}),
+    "tuple": Tuple([Box(-1, 1, (2,)), Discrete(3, start=2)]),
+}
+ACTIONS = {
+    "discrete": Discrete(4), "discrete with a start": Discrete(3, start=-7), "box": Box(-1, 1, (3,)),
+    "asymmetric box": Box(np.float32([-2, 5]), np.float32([1, 6])), "float of no dimension": Box(0, 3, ()),
+    "float64 matrix": Box(-1, 1, (2, 2), np.float64), "integer box": Box(0, 9, (2,), np.int32),
+    "multidiscrete": MultiDiscrete([3, 2, 4]), "matrix of choices": MultiDiscrete([[2, 3], [4, 5]], start=[[1, 0], [0, -2]]),
+    "multibinary": MultiBinary(3), "binary matrix": MultiBinary((2, 2)),
+    "nested dict": Dict(hand=Dict(grip=Discrete(2), move=Box(-1, 1, (2,))), legs=Tuple([MultiBinary(2), Discrete(3)])),
+    "tuple": Tuple([Discrete(2, start=1), Box(-3, 0, (1,))]),
+}
+
+
+@pytest.mark.parametrize("observations,actions", itertools.zip_longest(OBSERVATIONS, ACTIONS, fillvalue="discrete"))
+def test_every_kind_of_space_acts_is_stored_and_learns(observations, actions):
+    spaces = OBSERVATIONS[observations], ACTIONS[actions]
+    agent = make_agent(*spaces)
+    loop = Loop(agent, lambda: Random(*spaces), capacity=60).fill(20)  # Random insists on valid actions
+    before = {k: p.clone() for k, p in agent.named_parameters()}
+    loop.step(updates=2, batch_size=3)
+    # the first update of heads that start at zero moves them alone; after two everything has moved
+    for name, p in agent.named_parameters():
+        assert p.isfinite().all(), name
+        assert not torch.equal(p, before[name]), name
+
+
+def test_observations_are_encoded_without_loss():
+    codec = D.ObservationCodec(Dict(a=Discrete(4, start=-1), b=MultiDiscrete([[2, 3], [4, 5]]), c=Box(-9, 9, (2, 2), np.float64),
+                                    d=Box(-1, 1, ()), e=MultiBinary(2), f=Tuple([Box(0, 255, (3, 5), np.uint8)])), 48)
+    x = codec({"a": np.array([-1, 2]), "b": np.arange(8).reshape(2, 2, 2), "c": np.arange(8.0).reshape(2, 2, 2),
+               "d": np.float32([0.5, -1]), "e": np.array([[0, 1], [1, 1]], np.int8), "f": (np.full((2, 3, 5), 7, np.uint8),)})
+    kinds = {k: leaf.kind for k, leaf in codec.leaves.items()}
+    assert kinds == dict(a="discrete", b="discrete", c="vector", d="vector", e="discrete") | {"f/0": "vector"}
+    for name, expected in dict(a=[[0], [3]], b=[[0, 1, 2, 3], [4, 5, 6, 7]], c=[[0, 1, 2, 3], [4, 5, 6, 7]],
+                               d=[[0.5], [-1]], e=[[0, 1], [1, 1]]).items():
+        assert np.array_equal(x[name], expected) and x[name].shape[1:] == codec.leaves[name].shape
+
+
+def test_large_images_shrink_to_the_means_of_their_blocks_and_small_ones_repeat_their_pixels():
+    x = np.random.default_rng(0).integers(0, 256, (2, 96, 144, 3), np.uint8)
+    means = x.reshape(2, 48, 2, 48, 3, 3).mean((2, 4))
+    assert np.abs(D.ObservationCodec(Box(0, 255, (96, 144, 3), np.uint8), 48)({"obs": x}["obs"])["obs"] - means).max() <= 0.5
+    small = x[:, :24, :16, :1]
+    repeated = D.ObservationCodec(Box(0, 255, (24, 16, 1), np.uint8), 48)(small)["obs"]
+    assert np.array_equal(repeated, small.repeat(2, 1).repeat(3, 2))
+    same = x[:, :48, :48]
+    assert np.array_equal(D.ObservationCodec(Box(0, 255, (48, 48, 3), np.uint8), 48)(same)["obs"], same)
+    flags = D.ObservationCodec(Box(0, 1, (24, 24), np.bool_), 48)(x[:, :24, :24, 0] > 99)["obs"]
+    assert np.array_equal(np.unique(flags), [0, 255]) and flags.shape == (2, 48, 48, 1)
+
+
+def test_actions_fill_asymmetric_bounds_start_offsets_and_integer_boxes():
+    codec = D.ActionCodec(Tuple([Box(np.float32([-2, 5]), np.float32([4, 6])), Discrete(3, start=5), Box(0, 10, (1,), np.int32),
+                                 MultiDiscrete([2, 3], start=[0, -1])]))
+    assert codec.size == 2 + 3 + 1 + 5 and codec.noise == 2 + 1 + 1 + 2
+    flat = np.float32([[-1, 1, 0, 0, 1, 0.5, 0, 1, 1, 0, 0], [0, -9, 1, 0, 0, 3, 1, 0, 0, 0, 1]])
+    box, choice, integer, several = codec.decode(flat)
+    assert np.array_equal(box, [[-2, 6], [1, 5]]) and box.dtype == np.float32
+    assert np.array_equal(choice, [7, 5]) and np.array_equal(several, [[1, -1], [0, 1]])
+    assert np.array_equal(integer, [[8], [10]]) and integer.dtype == np.int32  # 7.5 rounds to even
+
+
+# -------------------------------------------------------------------------------------------------------------- learning
+
+
+def test_laprop_with_adaptive_clipping_and_warmup_is_that_of_a_naive_loop():
+    rng = np.random.default_rng(0)
+    values = [rng.normal(size=(3, 4)), 5 * rng.normal(size=5), np.zeros(2)]  # the last clips at 0.3 · 1e-3
+    params = [torch.nn.Parameter(torch.tensor(v, dtype=torch.float32)) for v in values] + [torch.nn.Parameter(torch.ones(1))]
+    optimizer = D.LaProp(params, lr=0.01, warmup=4)
+    m, v = ([np.zeros_like(x) for x in values] for _ in range(2))
+    for t in range(1, 9):
+        norms, moves = [], []
+        for i, scale in enumerate((10.0, 0.1, 1.0)):
+            g = scale * rng.normal(size=values[i].shape)
+            params[i].grad = torch.tensor(g, dtype=torch.float32)
+            norms.append(np.sqrt((g**2).sum()))
+            g = g / max(1, norms[-1] / (0.3 * max(1e-3, np.sqrt((values[i] ** 2).sum()))))
+            for j in np.ndindex(g.shape):
+                v[i][j] = 0.999 * v[i][j] + 0.001 * g[j] ** 2
+                m[i][j] = 0.9 * m[i][j] + 0.1 * g[j] / (np.sqrt(v[i][j] / (1 - 0.999**t)) + 1e-20)
+            moves.append(0.01 * min(1, (t - 1) / 4) * m[i] / (1 - 0.9**t))
+            values[i] = values[i] - moves[-1]
+        metrics = optimizer.step()
+        close(metrics["grad_norm"], np.sqrt(np.sum(np.square(norms))), rtol=1e-4)
+        close(metrics["update_norm"], np.sqrt(sum((x**2).sum() for x in moves)), rtol=1e-4)
+        for p, value in zip(params, values):
+            close(p, value, rtol=1e-4, atol=1e-5)
+    equal(params[3], torch.ones(1))  # no gradient, no move
+
+
+def test_the_slow_critic_follows_the_critic_of_after_the_step():
+    agent = make_agent(perturb=0.1)
+    old = [p.clone() for p in agent.slow_critic.parameters()]
+    agent.update(batch_of(agent))
+    for before, fast, after in zip(old, agent.critic.parameters(), agent.slow_critic.parameters()):
+        close(after, 0.98 * before + 0.02 * fast, rtol=1e-5, atol=1e-7)
+        assert not after.requires_grad
+
+
+def test_the_first_update_under_warmup_moves_nothing_and_the_second_does():
+    agent = make_agent(perturb=0.1, warmup=10)
+    before, batch = {k: p.clone() for k, p in agent.named_parameters()}, batch_of(agent)
+    for moved in (False, True):
+        agent.update(dict(batch))
+        assert all(torch.equal(p, before[k]) != moved for k, p in agent.named_parameters() if "slow" not in k)
+
+
+def test_update_is_a_function_of_state_and_batch_and_acting_does_not_change_it():
+    a, b = make_agent(perturb=0.1), make_agent(perturb=0.1)
+    batch = batch_of(make_agent(perturb=0.1))
+    for _ in range(2):
+        results = [agent.update(dict(batch)) for agent in (a, b)]
+        b.act(np.ones((7, 3), np.float32), None, np.ones(7, bool))
+        assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
+    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()) if torch.is_tensor(x))
+
+
+def test_a_saved_and_loaded_agent_makes_the_identical_next_update_and_action(tmp_path):
+    agent, other = make_agent(perturb=0.1, warmup=5), make_agent(seed=7, warmup=5)
+    batch, obs = batch_of(agent), np.ones((7, 3), np.float32)
+    for _ in range(3):
+        agent.update(dict(batch))
+    torch.save(agent.state_dict(), tmp_path / "agent.pt")
+    other.load_state_dict(torch.load(tmp_path / "agent.pt", weights_only=True))
+    for _ in range(2):
+        results = [x.update(dict(batch)) for x in (agent, other)]
+        assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
+    assert all(torch.equal(x, y) for x, y in zip(agent.parameters(), other.parameters()))
+    equal(agent.retnorm.range, other.retnorm.range)
+    actions = [x.act(obs, None, np.ones(7, bool))[0] for x in (agent, other)]
+    assert np.array_equal(*actions)
+
+
+def test_deterministic_acting_takes_the_modes_and_uses_up_no_randomness_of_learning():
+    agent, obs = make_agent(perturb=1.0), np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
+    learn_rng = agent.learn_rng.get_state()
+    modes = [agent.act(obs, None, np.ones(50, bool), deterministic=True)[0] for _ in range(2)]
+    assert np.array_equal(*modes)
+    samples = [agent.act(obs, None, np.ones(50, bool))[0] for _ in range(2)]
+    assert not np.array_equal(*samples)
+    equal(agent.learn_rng.get_state(), learn_rng)
+
+
+def test_what_was_before_is_first_has_no_influence_on_acting():
+    agent, obs = make_agent(perturb=0.5), np.ones((2, 3), np.float32)
+    _, state = agent.act(obs, None, np.ones(2, bool))
+    _, fresh = agent.act(obs, None, np.ones(2, bool), deterministic=True)
+    _, reset = agent.act(obs, state, np.array([True, False]), deterministic=True)
+    close(reset["deter"][0], fresh["deter"][0])
+    assert not torch.allclose(reset["deter"][1], fresh["deter"][1])
+
+
+def test_bfloat16_losses_are_near_float32_and_every_parameter_gets_a_finite_gradient():
+    space = Dict(image=Box(0, 255, (48, 48, 3), np.uint8), vector=VECTOR)
+    high, low = (make_agent(space, precision=p, perturb=0.02) for p in ("float32", "bfloat16"))
+    batch, metrics = batch_of(high, observations=space), []
+    for agent in (high, low):
+        loss, losses, (deter, _) = agent.loss(agent.prepare(batch), noise_of(agent, batch))
+        loss.backward()
+        metrics.append(losses)
+        assert loss.dtype == torch.float32 and all(p.dtype == torch.float32 for p in agent.parameters())
+    assert deter.dtype == torch.bfloat16
+    for name in ("rec", "rew", "con", "dyn", "rep", "value", "repval"):
+        close(metrics[1][f"losses/{name}"], metrics[0][f"losses/{name}"], rtol=0.1, atol=0.02)
+    for (name, p), q in zip(high.named_parameters(), low.parameters()):
+        assert (p.grad is None) == (q.grad is None), name
+        assert q.grad is None or (q.grad.isfinite().all() and q.grad.dtype == torch.float32), name
+    low.update(dict(batch))
+    assert all(p.isfinite().all() for p in low.parameters())
+
+
+@cuda
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_updates_on_the_gpu_give_the_losses_of_the_cpu(precision):
+    cpu, gpu = make_agent(perturb=0.02), make_agent(perturb=0.02, cuda=True, precision=precision)
+    gpu.load_state_dict({k: v for k, v in cpu.state_dict().items() if k != "_extra_state"}, strict=False)
+    batch = batch_of(cpu)
+    noise = noise_of(cpu, batch)
+    losses = [agent.loss(agent.prepare(batch), [x.to(agent.device) for x in noise])[1] for agent in (cpu, gpu)]
+    for name in ("rec", "rew", "con", "dyn", "rep", "value", "repval"):
+        close(losses[1][f"losses/{name}"], losses[0][f"losses/{name}"], rtol=1e-3 if precision == "float32" else 0.1, atol=0.02)
+    Loop(gpu, Random).fill(12).step(updates=2)
+    assert all(p.is_cuda and p.isfinite().all() for p in gpu.parameters())
+
+
+# ----------------------------------------------------------------------------------------- environments of known optimum
+
+
+class Probe(gym.Env):
+    """A task in a few lines: `cue` is drawn at reset; `reward(action, cue, t)` and `see(cue, t)` are the task."""
+
+    def __init__(self, reward, see, length=1, actions=Discrete(2)):
+        self.reward, self.see, self.length, self.action_space = reward, see, length, actions
+        self.observation_space = Box(-1, 1, (2,), np.float32)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t, self.cue = 0, int(self.np_random.integers(2))
+        return np.float32(self.see(self.cue, 0)), {}
+
+    def step(self, action):
+        reward = self.reward(action, self.cue, self.t)
+        self.t += 1
+        return np.float32(self.see(self.cue, self.t)), float(reward), self.t == self.length, False, {}
+
+
+PROBES = {  # task, number of updates, mean reward of the last episodes to reach (the optimum is 1, chance 0.5 or less)
+    "one action is right": (dict(reward=lambda a, cue, t: a == 1, see=lambda cue, t: (0, 0)), 150, 0.9),
+    "what is seen tells the right action": (
+        dict(reward=lambda a, cue, t: a == cue, see=lambda cue, t: (2 * cue - 1, 0)), 250, 0.9),
+    "what was seen before tells the right action": (  # at t = 1 nothing is seen: the model has to remember
+        dict(reward=lambda a, cue, t: t == 1 and a == cue, see=lambda cue, t: ((2 * cue - 1) * (t == 0), t), length=2), 400, 0.9),
+    "the first action decides and the third step pays": (
+        None, 400, 0.9),
+    "a continuous action has a best value": (
+        dict(reward=lambda a, cue, t: 1 - abs(a[0] - 0.6 * (2 * cue - 1)), see=lambda cue, t: (2 * cue - 1, 0),
+             actions=Box(-1, 1, (1,))), 500, 0.75),
+}
+
+
+class Delayed(Probe):
+    """Action 1 at the first of three steps is paid at the last; what was done is not seen in between."""
+
+    def __init__(self):
+        super().__init__(None, lambda cue, t: (0, t / 3), length=3)
+
+    def step(self, action):
+        self.done = action if self.t == 0 else self.done
+        self.reward = lambda a, cue, t: t == 2 and self.done == 1
+        return super().step(action)
+
+
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=slow) for seed in (2, 3))])
+@pytest.mark.parametrize("name", PROBES)
+def test_the_optimum_is_learned_within_seconds_when(name, seed):
+    task, updates, optimum = PROBES[name]
+    make = Delayed if task is None else lambda: Probe(**task)
+    agent = make_agent(make().observation_space, make().action_space, seed=seed, learning_rate=3e-3, warmup=10, ent_coef=3e-3)
+    loop = Loop(agent, make, num_envs=4)
+    rewards, ends = [], []
+    for step in range(updates):
+        rewards.append(loop.step(updates=1))
+        ends.append(loop.arrived["is_last"])
+    score = np.sum(rewards[-60:]) / np.sum(ends[-60:])
+    assert score > optimum, score
+
+
+# ------------------------------------------------------------------------------------------------ arguments and mistakes
+
+
+def test_presets_are_those_of_the_reference_and_flags_override_them():
+    for env_id, pixels, values in (
+            ("ALE/Pong-v5", False, dict(size="200m", num_envs=1, train_ratio=256, total_timesteps=100_000)),
+            ("dm_control/walker-walk-v0", False, dict(size="1m", num_envs=16, train_ratio=1024, total_timesteps=1_000_000)),
+            ("dm_control/walker-walk-v0", True, dict(size="200m", num_envs=16, train_ratio=256, total_timesteps=1_000_000)),
+            ("CartPole-v1", False, D.PRESETS["classic_control"])):
+        args = D.Args.preset(env_id, pixels)
+        assert {k: getattr(args, k) for k in values} == values and args.env_id == env_id and args.pixels == pixels
+    args = D.Args.preset("ALE/Pong-v5", size="12m", seed=3)
+    assert (args.size, args.seed, args.train_ratio) == ("12m", 3, 256)
+    reference = dict(batch_size=16, batch_length=64, learning_rate=4e-5, warmup=1000, agc=0.3, imagination_horizon=15,
+                     gamma=1 - 1 / 333, return_lambda=0.95, ent_coef=3e-4, tau=0.02, free_nats=1.0, dyn_scale=1.0,
+                     rep_scale=0.1, repval_scale=0.3, buffer_size=5_000_000)
+    assert {k: getattr(D.Args.preset("ALE/Pong-v5"), k) for k in reference} == reference
+    for name in D.PRESETS:
+        D.Args(**D.PRESETS[name]).check()
+        assert D.PRESETS[name].keys() <= {f.name for f in dataclasses.fields(D.Args)}
+
+
+def act_on(value, space=VECTOR):
+    make_agent(space).act(np.full((1, *space.shape), value, np.float32), None, np.ones(1, bool))
+
+
+@pytest.mark.parametrize("mistake,named", {
+    "an unbounded action": (lambda: make_agent(actions=Box(-np.inf, 1, (2,))), "-inf"),
+    "an unsupported action space": (lambda: make_agent(actions=gym.spaces.Text(5)), "Text"),
+    "an empty action space": (lambda: make_agent(actions=Dict()), "empty"),
+    "an unsupported observation space": (lambda: make_agent(Dict(a=gym.spaces.Sequence(VECTOR))), "Sequence"),
+    "an empty observation": (lambda: make_agent(Dict(a=Box(-1, 1, (0,)))), r"\(0,\)"),
+    "no observation": (lambda: make_agent(Dict()), "no usable key"),
+    "a NaN observation": (lambda: act_on(np.nan), "nan"),
+    "an infinite observation": (lambda: act_on(np.inf), "inf"),
+    "batch_length beyond the buffer": (lambda: make_agent(buffer_size=100, num_envs=4, batch_length=25), "batch_length 25.*104"),
+    "a replay of too few rows": (lambda: D.ReplayBuffer(100, 4, 25, {}), "batch_length 25.*25 steps"),
+    "an early sample": (lambda: integers(steps=4).sample(1), "holds 4 steps"),
+    "an unknown size": (lambda: D.Args(size="13m").check(), "13m.*12m"),
+    "an image size that does not fit": (lambda: D.Args(image_size=40).check(), "image_size 40"),
+    "no environments": (lambda: D.Args(num_envs=0).check(), "num_envs 0"),
+    "an unknown environment": (lambda: D.make_env("NoSuchEnv-v0", 0, False, "")(), "NoSuchEnv-v0"),
+    "an unknown module": (lambda: D.make_env("no_such_module:Env-v0", 0, False, "")(), "no_such_module"),
+}.items(), ids=lambda x: x if isinstance(x, str) else "")
+def test_bad_input_is_an_input_error_that_names_the_value(mistake, named):
+    with pytest.raises(D.InputError, match=f"(?s){named[1]}"):
+        named[0]()
+
+
+@pytest.mark.parametrize("env_id,module,package", [
+    ("ALE/Pong-v5", "ale_py", "ale-py"), ("dm_control/walker-walk-v0", "shimmy", "dm-control"),
+    ("MiniGrid-Empty-5x5-v0", "minigrid", "minigrid"), ("MinAtar/Breakout-v1", "minatar.gym", "minatar")])
+def test_a_missing_package_is_an_input_error_with_the_line_that_installs_it(monkeypatch, env_id, module, package):
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    with pytest.raises(D.InputError, match=f"pip install .*{package}"):
+        D.make_env(env_id, 0, False, "")()
