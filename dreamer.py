@@ -89,8 +89,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "box2d_pixels": dict(size="12m", num_envs=8, train_ratio=128, total_timesteps=500_000),  # ours
     "mujoco": dict(size="1m", num_envs=16, train_ratio=512, total_timesteps=1_000_000),  # ours, after dmc_vector
     "classic_control": dict(  # ours: minutes on two CPU cores
-        size="1m", num_envs=4, train_ratio=64, total_timesteps=15_000, batch_size=8, batch_length=32,
-        learning_rate=1e-3, warmup=100, video_every=5_000, eval_episodes=20,
+        size="1m", num_envs=4, train_ratio=64, total_timesteps=5_000, batch_size=16, batch_length=16,
+        imagination_horizon=10, learning_rate=1e-3, warmup=100, gamma=0.99, ent_coef=0.01, free_nats=4.0,
+        video_every=2_500, eval_episodes=20,
     ),
     "other": dict(size="12m", num_envs=4, train_ratio=128, total_timesteps=500_000),  # ours
 }
@@ -241,6 +242,10 @@ EXTRAS = {  # part of an entry point or of a complaint: what to install
 }
 
 
+USABLE = (gym.spaces.Box, gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary, gym.spaces.Dict,
+          gym.spaces.Tuple)
+
+
 def gym_make(env_id: str, **kwargs: Any) -> gym.Env:
     """gym.make that imports what an id needs; raises InputError with the line to install it, or for an unknown id."""
     for prefix, (module, packages) in FAMILIES.items():
@@ -256,8 +261,9 @@ def gym_make(env_id: str, **kwargs: Any) -> gym.Env:
     except (gym.error.DependencyNotInstalled, ImportError) as error:
         spec = gym.registry.get(env_id)
         where = f"{spec.entry_point if spec else ''} {error}"
-        packages = next((packages for part, packages in EXTRAS.items() if part in where.lower()), "its package")
-        raise InputError(f"{env_id} needs a package that is missing: pip install {packages}") from None
+        packages = next((packages for part, packages in EXTRAS.items() if part in where.lower()), None)
+        remedy = f"pip install {packages}" if packages else f"{error}; install it or correct the id"
+        raise InputError(f"{env_id} needs a package that is missing: {remedy}") from None
     except gym.error.Error as error:
         raise InputError(f"env_id {env_id!r} cannot be made: {str(error).strip().rstrip('.')}") from None
 
@@ -291,11 +297,11 @@ def make_env(env_id: str, idx: int, capture_video: bool, run_name: str, pixels: 
         if env_id.startswith(("MiniGrid-", "BabyAI-")) and not pixels:
             env = importlib.import_module("minigrid.wrappers").RGBImgPartialObsWrapper(env, tile_size=8)
         if isinstance(env.observation_space, gym.spaces.Dict):  # text is no observation for a CNN or an MLP
-            text = [k for k, v in env.observation_space.items() if isinstance(v, gym.spaces.Text)]
-            if text and idx == 0:
-                print(f"{env_id}: text observations {text} are left out")
-            if text:
-                env = gym.wrappers.FilterObservation(env, [k for k in env.observation_space if k not in text])
+            keep = [k for k, v in env.observation_space.items() if isinstance(v, USABLE)]
+            if len(keep) < len(env.observation_space):
+                if idx == 0:
+                    print(f"{env_id}: observations {sorted(env.observation_space.keys() - set(keep))} are left out")
+                env = gym.wrappers.FilterObservation(env, keep)
         return env
 
     return thunk
@@ -1388,7 +1394,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     known, _ = early.parse_known_args(argv)
     run_dir = known.resume or known.evaluate
     default = Args(**load_file(run_dir)["args"]) if run_dir else Args.preset(known.env_id, known.pixels)
-    return tyro.cli(Args, args=argv, default=dataclasses.replace(default, resume="", evaluate=""), description=__doc__)
+    return tyro.cli(Args, args=argv, default=dataclasses.replace(default, resume="", evaluate=""), 
+                    description=__doc__[: __doc__.index("The algorithm")])
 
 
 # ----------------------------------------------------------------------------------------------------------------- main

@@ -5,9 +5,11 @@ author's code, torch.distributions, a naive loop, a closed form, a stream of int
 known. RUN_SLOW=1 adds further seeds of the learning tests; tests marked `cuda` run where there is a GPU.
 """
 import dataclasses
-import importlib
+import io
 import itertools
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -232,10 +234,8 @@ def test_losses_states_and_two_updates_are_those_of_the_official_code(case):
             close(agent.retnorm.range, range_of("out"), rtol=1e-4)
             for name in ("adv adv_std adv_mag rew con ret val tar weight slowval ret_min ret_max ret_rate").split():
                 close(metrics[f"diagnostics/{name}"], z[f"out/metrics/{name}"], rtol=1e-3, atol=1e-5)
-            for ours, name in (("prior_entropy", "dyn_ent"), ("posterior_entropy", "rep_ent"),
-                               ("policy_entropy", "ent/action")):
-                per_latent = 1 if name == "ent/action" else TINY.latents
-                assert min(abs(metrics[f"diagnostics/{ours}"] / z[f"out/metrics/{name}"] - n) for n in (1, per_latent)) < 1e-3
+            for ours, name in (("prior_entropy", "dyn_ent"), ("posterior_entropy", "rep_ent"), ("policy_entropy", "ent/action")):
+                close(metrics[f"diagnostics/{ours}"], z[f"out/metrics/{name}"], rtol=1e-3)
         agent.optimizer.zero_grad()
         loss.backward()
         assert all(params[k].grad.abs().max() < 1e-6 for k in noise_only)
@@ -866,7 +866,7 @@ ACTIONS = {
 }
 
 
-@pytest.mark.parametrize("observations,actions", itertools.zip_longest(OBSERVATIONS, ACTIONS, fillvalue="discrete"))
+@pytest.mark.parametrize("observations,actions", list(itertools.zip_longest(OBSERVATIONS, ACTIONS, fillvalue="discrete")))
 def test_every_kind_of_space_acts_is_stored_and_learns(observations, actions):
     spaces = OBSERVATIONS[observations], ACTIONS[actions]
     agent = make_agent(*spaces)
@@ -1060,45 +1060,43 @@ class Probe(gym.Env):
         return np.float32(self.see(self.cue, self.t)), float(reward), self.t == self.length, False, {}
 
 
-PROBES = {  # task, number of updates, mean reward of the last episodes to reach (the optimum is 1, chance 0.5 or less)
-    "one action is right": (dict(reward=lambda a, cue, t: a == 1, see=lambda cue, t: (0, 0)), 150, 0.9),
-    "what is seen tells the right action": (
-        dict(reward=lambda a, cue, t: a == cue, see=lambda cue, t: (2 * cue - 1, 0)), 250, 0.9),
-    "what was seen before tells the right action": (  # at t = 1 nothing is seen: the model has to remember
-        dict(reward=lambda a, cue, t: t == 1 and a == cue, see=lambda cue, t: ((2 * cue - 1) * (t == 0), t), length=2), 400, 0.9),
-    "the first action decides and the third step pays": (
-        None, 400, 0.9),
-    "a continuous action has a best value": (
-        dict(reward=lambda a, cue, t: 1 - abs(a[0] - 0.6 * (2 * cue - 1)), see=lambda cue, t: (2 * cue - 1, 0),
-             actions=Box(-1, 1, (1,))), 500, 0.75),
-}
-
-
 class Delayed(Probe):
     """Action 1 at the first of three steps is paid at the last; what was done is not seen in between."""
 
     def __init__(self):
-        super().__init__(None, lambda cue, t: (0, t / 3), length=3)
+        super().__init__(lambda a, cue, t: t == 2 and self.done == 1, lambda cue, t: (0, t / 3), length=3)
 
     def step(self, action):
         self.done = action if self.t == 0 else self.done
-        self.reward = lambda a, cue, t: t == 2 and self.done == 1
         return super().step(action)
+
+
+PROBES = {  # the optimum is a return of 1 an episode, chance 0.5, or 0.1 for the continuous action
+    "one action is right": lambda: Probe(lambda a, cue, t: a == 1, lambda cue, t: (0, 0)),
+    "what is seen tells the right action": lambda: Probe(lambda a, cue, t: a == cue, lambda cue, t: (2 * cue - 1, 0)),
+    "what was seen a step before tells the right action": lambda: Probe(  # at t = 1 nothing is seen: it must remember
+        lambda a, cue, t: t == 1 and a == cue, lambda cue, t: ((2 * cue - 1) * (t == 0), t), length=2),
+    "the first action decides and the third step pays": Delayed,
+    "a continuous action has a best value": lambda: Probe(
+        lambda a, cue, t: 1 - abs(a[0] + 0.7), lambda cue, t: (0, 0), actions=Box(-1, 1, (1,))),
+}
 
 
 @pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=slow) for seed in (2, 3))])
 @pytest.mark.parametrize("name", PROBES)
-def test_the_optimum_is_learned_within_seconds_when(name, seed):
-    task, updates, optimum = PROBES[name]
-    make = Delayed if task is None else lambda: Probe(**task)
-    agent = make_agent(make().observation_space, make().action_space, seed=seed, learning_rate=3e-3, warmup=10, ent_coef=3e-3)
-    loop = Loop(agent, make, num_envs=4)
-    rewards, ends = [], []
-    for step in range(updates):
-        rewards.append(loop.step(updates=1))
-        ends.append(loop.arrived["is_last"])
-    score = np.sum(rewards[-60:]) / np.sum(ends[-60:])
-    assert score > optimum, score
+def test_the_optimum_is_learned_within_600_updates_when(name, seed):
+    make = PROBES[name]
+    agent = make_agent(make().observation_space, make().action_space, seed=seed, learning_rate=3e-3, warmup=10,
+                       ent_coef=1e-3, batch_length=4, imagination_horizon=3)
+    loop, rewards, ends, score = Loop(agent, make, num_envs=4), [], [], 0.0
+    optimum = 0.5 if "continuous" in name else 0.9  # of what it samples, exploration included
+    for step in range(600):
+        rewards.append(loop.step(updates=1, batch_size=16).sum())
+        ends.append(loop.arrived["is_last"].sum())
+        score = sum(rewards[-40:]) / max(1, sum(ends[-40:]))
+        if step > 40 and score > optimum:
+            return
+    raise AssertionError(f"return {score} after {step + 1} updates")
 
 
 # ------------------------------------------------------------------------------------------------ arguments and mistakes
@@ -1157,3 +1155,202 @@ def test_a_missing_package_is_an_input_error_with_the_line_that_installs_it(monk
     monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
     with pytest.raises(D.InputError, match=f"pip install .*{package}"):
         D.make_env(env_id, 0, False, "")()
+
+
+# ------------------------------------------------------------------------------------------------------------ whole runs
+
+
+class Lengths(gym.Env):
+    """Pays 1 a step in episodes of random length: returns are known from the seed. The last observation is NaN-free."""
+    observation_space, action_space = Box(-1, 1, (2,), np.float32), Discrete(2)
+    reward = 1.0
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left = int(self.np_random.integers(1, 12))
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.left -= 1
+        return np.ones(2, np.float32), self.reward, self.left == 0, False, {}
+
+
+class NaNReward(Lengths):
+    reward = float("nan")
+
+
+gym.register("test/Lengths-v0", Lengths)
+gym.register("test/Echo-v0", Echo)
+gym.register("test/NaNReward-v0", NaNReward)
+
+
+def run_args(**values):
+    values = dict(env_id="test/Lengths-v0", size="tiny", cuda=False, threads=2, num_envs=2, total_timesteps=120, batch_size=4,
+                  batch_length=8, train_ratio=4, warmup=0, imagination_horizon=3, eval_episodes=3, log_every=10,
+                  video_every=0, image_size=48, vectorization="sync") | values
+    return D.Args(**values)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_evaluation_returns_are_the_first_episodes_of_environments_seeded_alike(folder):
+    args = run_args()
+    agent = make_agent(Lengths.observation_space, Lengths.action_space, env_id=args.env_id, seed=args.seed)
+    expected = []
+    for i in range(6):
+        env = Lengths()
+        env.reset(seed=args.seed + 10_000 + i)
+        expected.append(float(env.left))
+    assert D.evaluate(agent, args, 6, "eval") == expected
+    assert len(set(expected)) > 1  # so that counting a second episode, or one for all, would be seen
+
+
+def test_a_run_trains_at_its_ratio_logs_saves_resumes_and_is_evaluated(folder):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    args = run_args()
+    summary = D.main(args)
+    run, = (folder / "runs").iterdir()
+    credit = updates = 0
+    for step in range(2, 122, 2):  # two environments; training starts at 4 · 8 steps in the replay
+        credit += 2 * 4 / 32 if step >= 32 else 0
+        updates, credit = updates + int(credit), credit - int(credit)
+    assert (summary["global_step"], summary["updates"]) == (120, updates)
+    assert json.loads((run / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert summary["args"]["env_id"] == args.env_id and len(summary["eval_returns"]) == 3
+    log = events.EventAccumulator(str(run)).Reload()
+    for tag in ("charts/episodic_return", "charts/episodic_length", "charts/SPS", "charts/updates_per_second",
+                "eval/episodic_return", *(f"losses/{k}" for k in GRADIENTS)):
+        assert tag in log.Tags()["scalars"], tag
+    returns, lengths = ([x.value for x in log.Scalars(f"charts/episodic_{k}")] for k in ("return", "length"))
+    assert returns == lengths and len(returns) > 5  # a reward of 1 for every step
+
+    evaluation = D.main(D.parse_args(["--evaluate", str(run), "--eval-episodes", "4"]))
+    assert len(evaluation["eval_returns"]) == 4
+    assert len(list((folder / "runs").iterdir())) == 1  # nothing new, and nothing lost
+    saved = {k: x.clone() for k, x in D.load_file(run)["agent"].items() if torch.is_tensor(x)}
+    D.main(dataclasses.replace(args, resume=str(run)))  # nothing left to do: all is as it was
+    assert all(torch.equal(x, D.load_file(run)["agent"][k]) for k, x in saved.items())
+    longer = D.main(D.parse_args(["--resume", str(run), "--total-timesteps", "160"]))
+    assert longer["global_step"] == 160 and longer["updates"] == updates + 5
+    assert D.load_file(run, "replay.pt")["count"] == 80
+
+
+def test_the_main_loop_aligns_observation_reward_flags_and_previous_action(folder, monkeypatch):
+    checked, update = [], D.Dreamer.update
+
+    def check(agent, batch):
+        data = agent.prepare(batch)
+        obs, first = data["obs"]["obs"], data["is_first"]
+        action = agent.actions.decode(data["prev_action"].flatten(0, 1).numpy())
+        seen = np.concatenate([action["c"], action["d"][:, None]], 1).reshape(*first.shape, 3)
+        close(torch.tensor(seen)[~first], obs[..., :3][~first], atol=1e-5)
+        close(data["reward"], obs[..., 3])
+        equal(data["is_terminal"], obs[..., 4] > 0)
+        equal(data["is_last"], (obs[..., 4:] > 0).any(-1))
+        assert not obs[first].any()
+        checked.append(int(first.sum()))
+        return update(agent, batch)
+
+    monkeypatch.setattr(D.Dreamer, "update", check)
+    D.main(run_args(env_id="test/Echo-v0", train_ratio=8))
+    assert len(checked) > 15 and sum(checked) > 50
+
+
+def test_an_interrupted_run_saves_and_can_be_resumed(folder, monkeypatch):
+    update, calls = D.Dreamer.update, []
+
+    def interrupted(agent, batch):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return update(agent, batch)
+
+    monkeypatch.setattr(D.Dreamer, "update", interrupted)
+    summary = D.main(run_args())
+    run, = (folder / "runs").iterdir()
+    assert summary["interrupted"] and summary["updates"] == 4 and 0 < summary["global_step"] < 120
+    assert D.load_file(run)["counters"]["updates"] == 4
+    resumed = D.main(run_args(resume=str(run)))
+    assert resumed["global_step"] == 120 and resumed["updates"] > 8 and not resumed["interrupted"]
+
+
+def test_a_reward_that_is_not_finite_ends_the_run_with_an_input_error(folder):
+    with pytest.raises(D.InputError, match="reward nan"):
+        D.main(run_args(env_id="test/NaNReward-v0"))
+
+
+def test_workers_in_other_processes_give_the_same_experience_as_this_process():
+    streams = []
+    for mode in ("sync", "async"):
+        envs = D.make_vector_env(run_args(env_id="CartPole-v1", vectorization=mode), 2, "")
+        obs, _ = envs.reset(seed=3)
+        stream = [obs.copy()]
+        for t in range(40):
+            stream.append(np.column_stack([np.array(x, np.float64).reshape(2, -1) for x in envs.step(np.array([t % 2, 1]))[:4]]))
+        envs.close()
+        streams.append(np.concatenate([x.ravel() for x in stream]))
+    assert np.array_equal(*streams)
+
+
+def test_dream_pictures_show_true_model_and_difference_for_every_key(folder):
+    Image = pytest.importorskip("PIL.Image")
+    space = Dict(eye=Box(0, 255, (48, 48, 3), np.uint8), joints=VECTOR)
+    agent = make_agent(space)
+    loop = Loop(agent, lambda: Random(space)).fill()
+    queue = len(loop.replay.online)
+    pictures = {k: Image.open(io.BytesIO(x)) for k, x in D.draw_dreams(agent, loop.replay).items()}
+    assert (pictures["eye"].format, pictures["eye"].n_frames, pictures["eye"].size) == ("GIF", 8, (6 * 48, 3 * 48))
+    assert pictures["joints"].format == "PNG" and len(pictures["joints"].getcolors(10**6)) > 2
+    assert len(loop.replay.online) == queue  # looking does not use up what is to be trained on
+
+
+def test_the_command_line_takes_the_preset_of_the_environment_and_flags_on_top():
+    assert D.parse_args([]) == D.Args.preset("CartPole-v1")
+    assert D.parse_args(["--env-id", "ALE/Pong-v5", "--size", "12m"]) == D.Args.preset("ALE/Pong-v5", size="12m")
+    walker = ["--env-id", "dm_control/walker-walk-v0", "--pixels", "--no-cuda"]
+    assert D.parse_args(walker) == D.Args.preset("dm_control/walker-walk-v0", True, cuda=False)
+
+
+def command(*flags):
+    return subprocess.run([sys.executable, str(Path(D.__file__)), *flags], capture_output=True, text=True, timeout=170)
+
+
+def test_the_command_line_trains_and_writes_a_summary(folder):
+    done = command("--size", "1m", "--total-timesteps", "120", "--num-envs", "2", "--batch-size", "2", "--batch-length", "16",
+                   "--train-ratio", "4", "--eval-episodes", "2", "--threads", "2", "--no-cuda")
+    assert done.returncode == 0, done.stderr
+    summary, = (folder / "runs").glob("CartPole-v1__dreamer__1__*/summary.json")
+    summary = json.loads(summary.read_text())
+    assert summary["global_step"] == 120 and summary["updates"] > 0 and len(summary["eval_returns"]) == 2
+    assert "global_step=" in done.stdout and "episodic_return=" in done.stdout
+
+
+@pytest.mark.parametrize("flags,named", [
+    (["--env-id", "NoSuchEnv-v0"], "NoSuchEnv-v0"), (["--evaluate", "no/such/run"], "no/such/run"),
+    (["--batch-length", "999", "--buffer-size", "1000"], "999"), (["--size", "13m"], "13m")])
+def test_the_command_line_answers_a_mistake_in_one_sentence_with_status_2_and_writes_nothing(folder, flags, named):
+    done = command(*flags)
+    assert done.returncode == 2 and named in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not list(folder.iterdir())
+
+
+def test_help_explains_every_argument():
+    text = command("--help").stdout.replace("\n", " ")
+    for field in dataclasses.fields(D.Args):
+        assert "--" + field.name.replace("_", "-") in text or "--no-" + field.name.replace("_", "-") in text, field.name
+    source = Path(D.__file__).read_text()
+    body = source[source.index("class Args:"): source.index("    @classmethod\n    def preset")]
+    assert body.count('"""') == 2 * len(dataclasses.fields(D.Args))  # a sentence below each
+
+
+@cuda
+def test_a_run_on_the_gpu_ends_well(folder):
+    summary = D.main(run_args(cuda=True))
+    assert summary["global_step"] == 120 and summary["device"] != "cpu" and len(summary["eval_returns"]) == 3

@@ -1,0 +1,12 @@
+"""Writes the scalars of a run as CSV (tag, step, value): python benchmark/curves.py runs/RUN > benchmark/RUN.csv"""
+import csv
+import sys
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+events = EventAccumulator(sys.argv[1], size_guidance={"scalars": 0})
+events.Reload()
+writer = csv.writer(sys.stdout, lineterminator="\n")
+writer.writerow(["tag", "step", "value"])
+for tag in sorted(events.Tags()["scalars"]):
+    writer.writerows([tag, event.step, f"{event.value:.6g}"] for event in events.Scalars(tag))
