@@ -89,8 +89,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "box2d_pixels": dict(size="12m", num_envs=8, train_ratio=128, total_timesteps=500_000),  # ours
     "mujoco": dict(size="1m", num_envs=16, train_ratio=512, total_timesteps=1_000_000),  # ours, after dmc_vector
     "classic_control": dict(  # ours: minutes on two CPU cores
-        size="1m", num_envs=4, train_ratio=64, total_timesteps=5_000, batch_size=16, batch_length=16,
-        imagination_horizon=10, learning_rate=1e-3, warmup=100, gamma=0.99, ent_coef=0.01, free_nats=4.0,
+        size="1m", num_envs=4, train_ratio=64, total_timesteps=6_000, batch_size=16, batch_length=16,
+        imagination_horizon=10, learning_rate=1e-3, warmup=100, anneal_lr=True, gamma=0.99, ent_coef=0.01, free_nats=4.0,
         video_every=2_500, eval_episodes=20,
     ),
     "other": dict(size="12m", num_envs=4, train_ratio=128, total_timesteps=500_000),  # ours
@@ -180,6 +180,8 @@ class Args:
     """step size of LaProp"""
     warmup: int = 1000
     """updates over which the step size rises linearly from zero"""
+    anneal_lr: bool = False
+    """lower the step size linearly to zero over total_timesteps, which the reference does not"""
     agc: float = 0.3
     """adaptive gradient clipping: a tensor's gradient may have this fraction of the tensor's own norm"""
     imagination_horizon: int = 15
@@ -1478,6 +1480,8 @@ def main(args: Args) -> dict[str, Any]:
                 raise InputError(f"reward {reward[~np.isfinite(reward)][0]} at step {step}: make the environment return "
                                  "finite rewards, for example with gymnasium.wrappers.TransformReward")
             # 4. update train_ratio / (B·T) times for every environment step
+            if args.anneal_lr:
+                agent.optimizer.param_groups[0]["lr"] = args.learning_rate * max(0.0, 1 - step / args.total_timesteps)
             if len(buffer) >= max(args.batch_size * args.batch_length, n * buffer.window):
                 credit += n * args.train_ratio / (args.batch_size * args.batch_length)
             for _ in range(int(credit)):
