@@ -28,8 +28,8 @@ Deviations from the reference, each marked at its line:
   - samples are drawn by inverse CDF from uniform noise that is made ahead, so that a run can be replayed exactly;
   - the presets of suites that the reference has none for (CartPole's above all) carry values of our own, see PRESETS.
 """
-import argparse
 import collections
+import contextlib
 import dataclasses
 import importlib
 import io
@@ -41,6 +41,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -55,9 +56,7 @@ import tyro
 class InputError(ValueError):
     """Something that the user gave cannot be used; the message says what it was and what to do instead."""
 
-
 # ------------------------------------------------------------------------------------------------- arguments and sizes
-
 
 class Size(NamedTuple):
     """Widths of the networks; one dial, `--size`, turns them all."""
@@ -70,15 +69,8 @@ class Size(NamedTuple):
     blocks: int = 8  # G
 
 
-SIZES = {
-    "1m": Size(512, 64, 4, 4, 64),
-    "12m": Size(2048, 256, 16, 16, 256),
-    "25m": Size(3072, 384, 24, 24, 384),
-    "50m": Size(4096, 512, 32, 32, 512),
-    "100m": Size(6144, 768, 48, 48, 768),
-    "200m": Size(8192, 1024, 64, 64, 1024),
-    "400m": Size(12288, 1536, 96, 96, 1536),
-}
+DEPTHS = {"1m": 4, "12m": 16, "25m": 24, "50m": 32, "100m": 48, "200m": 64, "400m": 96}
+SIZES = {name: Size(128 * depth, 16 * depth, depth, depth, 16 * depth) for name, depth in DEPTHS.items()}
 
 # Values that a suite sets when its flags are not given. Reference: the author's configs.yaml at e3f0224. "ours" marks
 # what the reference does not have; everything else, and every value not named here, is the reference's.
@@ -90,7 +82,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mujoco": dict(size="1m", num_envs=16, train_ratio=512, total_timesteps=1_000_000),  # ours, after dmc_vector
     "classic_control": dict(  # ours: minutes on two CPU cores
         size="1m", num_envs=4, train_ratio=64, total_timesteps=6_000, batch_size=16, batch_length=16,
-        imagination_horizon=10, learning_rate=1e-3, warmup=100, anneal_lr=True, gamma=0.99, ent_coef=0.01, free_nats=4.0,
+        imagination_horizon=10, learning_rate=1e-3, warmup=100, anneal_lr=True, gamma=0.99, ent_coef=0.01,
+        rep_scale=0.003,  # angles of ±0.2 would not be worth 0.1 a nat to the encoder, and the policy lives by them
         video_every=2_500, eval_episodes=20,
     ),
     "other": dict(size="12m", num_envs=4, train_ratio=128, total_timesteps=500_000),  # ours
@@ -99,17 +92,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def suite_of(env_id: str, pixels: bool = False) -> str:
     """Name of the preset for an environment id."""
-    spec = gym.registry.get(env_id)
-    entry = str(spec.entry_point) if spec else ""
-    if env_id.startswith("ALE/"):
-        return "atari"
-    if env_id.startswith("dm_control/"):
-        return "dmc_pixels" if pixels else "dmc_vector"
-    if env_id.startswith("CarRacing"):
-        return "box2d_pixels"
-    if pixels:
-        return "other"
-    return next((name for name in ("mujoco", "classic_control") if f"envs.{name}" in entry), "other")
+    spec, dmc = gym.registry.get(env_id), env_id.startswith("dm_control/")
+    entry = str(spec.entry_point) if spec and not pixels else ""
+    suites = {"atari": env_id.startswith("ALE/"), "dmc_pixels": dmc and pixels, "dmc_vector": dmc,
+              "box2d_pixels": env_id.startswith("CarRacing"), "mujoco": "envs.mujoco" in entry,
+              "classic_control": "envs.classic_control" in entry, "other": True}
+    return next(name for name, applies in suites.items() if applies)
 
 
 @dataclasses.dataclass
@@ -118,8 +106,6 @@ class Args:
     """name of the experiment, part of the run's name"""
     seed: int = 1
     """seed of the environments, the networks, the replay and the noise"""
-    torch_deterministic: bool = True
-    """make cuDNN choose deterministic kernels"""
     cuda: bool = True
     """use the GPU if there is one"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -214,33 +200,30 @@ class Args:
             raise InputError(f"size {self.size!r} does not exist: choose one of {', '.join(SIZES)}")
         if self.image_size % 16 or not 48 <= self.image_size <= 256:
             raise InputError(f"image_size {self.image_size} does not fit the CNN: take a multiple of 16 from 48 to 256")
-        for name in ("num_envs", "total_timesteps", "batch_size", "imagination_horizon", "eval_episodes", "log_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)} must be at least 1")
-        if self.batch_length < 2:
-            raise InputError(f"batch_length {self.batch_length} must be at least 2: the replay loss needs a next step")
-        rows = self.buffer_size // self.num_envs
-        if self.batch_length + 1 > rows:
-            raise InputError(
-                f"batch_length {self.batch_length} is longer than the buffer, which holds {rows} steps of each of "
-                f"{self.num_envs} environments: raise buffer_size to {(self.batch_length + 1) * self.num_envs} or more"
-            )
+        least = dict(num_envs=1, total_timesteps=1, batch_size=1, imagination_horizon=1, eval_episodes=1, log_every=1,
+                     batch_length=2)  # the replay loss needs a next step
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                raise InputError(f"{name} {getattr(self, name)} must be at least {minimum}")
+        if (needed := (self.batch_length + 1) * self.num_envs) > self.buffer_size:
+            raise InputError(f"batch_length {self.batch_length} is longer than the buffer, which holds "
+                             f"{self.buffer_size // self.num_envs} steps of each of {self.num_envs} environments: "
+                             f"raise buffer_size to {needed} or more")
 
 
 # --------------------------------------------------------------------------------------------------------- environments
 
-FAMILIES = {  # beginning of an id: (module that registers it, what to install)
-    "ALE/": ("ale_py", "ale-py==0.12.1 opencv-python-headless"),
-    "dm_control/": ("shimmy", '"shimmy[dm-control]" "mujoco<4" packaging'),
-    "MiniGrid-": ("minigrid", '"minigrid>=3.1,<4"'),
-    "BabyAI-": ("minigrid", '"minigrid>=3.1,<4"'),
-    "MinAtar/": ("minatar.gym", "minatar==1.0.15"),
-    "popgym-": ("popgym", "popgym==1.0.7"),
-    "tetris_gymnasium/": ("tetris_gymnasium.envs", "opencv-python-headless && pip install --no-deps tetris-gymnasium"),
+MODULES = {  # beginning of an id: module that registers it
+    "ALE/": "ale_py", "dm_control/": "shimmy", "MiniGrid-": "minigrid", "BabyAI-": "minigrid",
+    "MinAtar/": "minatar.gym", "popgym-": "popgym", "tetris_gymnasium/": "tetris_gymnasium.envs",
 }
-EXTRAS = {  # part of an entry point or of a complaint: what to install
+PACKAGES = {  # part of a complaint or an entry point: what to install
+    "ale_py": "ale-py==0.12.1 opencv-python-headless", "shimmy": '"shimmy[dm-control]" "mujoco<4" packaging',
+    "minigrid": '"minigrid>=3.1,<4"', "minatar": "minatar==1.0.15", "popgym": "popgym==1.0.7",
+    "tetris_gymnasium": "opencv-python-headless && pip install --no-deps tetris-gymnasium",
     "box2d": '"gymnasium[box2d]"', "mujoco": '"gymnasium[mujoco]" "mujoco<4"', "pygame": '"gymnasium[classic-control]"',
-    "opencv": "opencv-python-headless", "moviepy": "moviepy", "classic_control": '"gymnasium[classic-control]"',
+    "classic_control": '"gymnasium[classic-control]"', "opencv": "opencv-python-headless", "moviepy": "moviepy",
+    "wandb": "wandb",
 }
 
 
@@ -248,61 +231,52 @@ USABLE = (gym.spaces.Box, gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spa
           gym.spaces.Tuple)
 
 
-def gym_make(env_id: str, **kwargs: Any) -> gym.Env:
-    """gym.make that imports what an id needs; raises InputError with the line to install it, or for an unknown id."""
-    for prefix, (module, packages) in FAMILIES.items():
-        if env_id.startswith(prefix):
-            try:
-                imported = importlib.import_module(module)
-            except ImportError as error:
-                raise InputError(f"{env_id} needs a package that is missing ({error}): pip install {packages}") from None
-            if hasattr(imported, "register_envs"):  # MinAtar registers on request
-                imported.register_envs()
+@contextlib.contextmanager
+def explain_failure(name: str):
+    """Turns a missing package into an InputError with the line to install it, an unknown id `name` into another."""
     try:
-        return gym.make(env_id, **kwargs)
+        yield
     except (gym.error.DependencyNotInstalled, ImportError) as error:
-        spec = gym.registry.get(env_id)
-        where = f"{spec.entry_point if spec else ''} {error}"
-        packages = next((packages for part, packages in EXTRAS.items() if part in where.lower()), None)
-        remedy = f"pip install {packages}" if packages else f"{error}; install it or correct the id"
-        raise InputError(f"{env_id} needs a package that is missing: {remedy}") from None
+        spec = gym.registry.get(name)
+        places = str(error).lower(), str(spec.entry_point).lower() if spec else ""
+        packages = next((p for place in places for part, p in PACKAGES.items() if part in place), None)
+        remedy = f"pip install {packages}" if packages else "install it or correct the name"
+        raise InputError(f"{name} needs a package that is missing ({str(error).rstrip('.')}): {remedy}") from None
     except gym.error.Error as error:
-        raise InputError(f"env_id {env_id!r} cannot be made: {str(error).strip().rstrip('.')}") from None
+        raise InputError(f"env_id {name!r} cannot be made: {str(error).strip().rstrip('.')}") from None
 
 
 def make_env(env_id: str, idx: int, capture_video: bool, run_name: str, pixels: bool = False, image_size: int = 64):
     """CleanRL's thunk: a function without arguments that makes environment number `idx` of a run.
-
     Environment 0 records its episodes under videos/{run_name} if `capture_video`. `pixels` replaces the observation by
     rendered frames. ALE ids get the preprocessing of Atari 100k, MiniGrid ids coloured tiles in place of object codes.
     """
+    record, atari = capture_video and idx == 0, env_id.startswith("ALE/")
 
     def thunk() -> gym.Env:
-        kwargs: dict[str, Any] = {"render_mode": "rgb_array"} if pixels or (capture_video and idx == 0) else {}
-        if env_id.startswith("ALE/"):  # no sticky actions, the game's own actions; the wrapper below repeats them
+        kwargs: dict[str, Any] = {"render_mode": "rgb_array"} if pixels or record else {}
+        if atari:  # no sticky actions, the game's own actions; the wrapper below repeats them
             kwargs |= dict(frameskip=1, repeat_action_probability=0.0, full_action_space=False)
         if env_id.startswith("dm_control/") and pixels:
             kwargs |= dict(render_kwargs=dict(height=image_size, width=image_size, camera_id=0))
-        env = gym_make(env_id, **kwargs)
-        try:
-            if capture_video and idx == 0:
+        with explain_failure(env_id):
+            for prefix, module in MODULES.items():
+                if env_id.startswith(prefix):  # MinAtar registers on request, the others when they are imported
+                    getattr(importlib.import_module(module), "register_envs", lambda: None)()
+            env = gym.make(env_id, **kwargs)
+            if record:
                 env = gym.wrappers.RecordVideo(env, f"videos/{run_name}", disable_logger=True)
             if pixels:
                 env.reset()  # some environments render only after a reset
                 env = gym.wrappers.AddRenderObservation(env, render_only=True)
-            if env_id.startswith("ALE/"):  # 30 no-ops, repeat 4 with the maximum of the last two frames, colour
-                env = gym.wrappers.AtariPreprocessing(env, noop_max=30, frame_skip=4, screen_size=image_size,
-                                                      grayscale_obs=False)
-        except gym.error.DependencyNotInstalled as error:
-            packages = next((packages for part, packages in EXTRAS.items() if part in str(error).lower()), "its package")
-            raise InputError(f"this needs a package that is missing: pip install {packages}") from None
-        if env_id.startswith(("MiniGrid-", "BabyAI-")) and not pixels:
-            env = importlib.import_module("minigrid.wrappers").RGBImgPartialObsWrapper(env, tile_size=8)
+            elif env_id.startswith(("MiniGrid-", "BabyAI-")):
+                env = importlib.import_module("minigrid.wrappers").RGBImgPartialObsWrapper(env, tile_size=8)
+            if atari:  # 30 no-ops, repeat 4 with the maximum of the last two frames, colour
+                env = gym.wrappers.AtariPreprocessing(env, screen_size=image_size, grayscale_obs=False)
         if isinstance(env.observation_space, gym.spaces.Dict):  # text is no observation for a CNN or an MLP
             keep = [k for k, v in env.observation_space.items() if isinstance(v, USABLE)]
             if len(keep) < len(env.observation_space):
-                if idx == 0:
-                    print(f"{env_id}: observations {sorted(env.observation_space.keys() - set(keep))} are left out")
+                warnings.warn(f"{env_id}: only the observations {keep} are used, the others are not numbers")
                 env = gym.wrappers.FilterObservation(env, keep)
         return env
 
@@ -312,41 +286,30 @@ def make_env(env_id: str, idx: int, capture_video: bool, run_name: str, pixels: 
 def make_vector_env(args: Args, num_envs: int, run_name: str, capture_video: bool = False) -> gym.vector.VectorEnv:
     """`num_envs` environments that reset themselves: the step after the last of an episode ignores its action and
     returns the first observation of the next with reward 0 (NEXT_STEP), just what the replay wants to see."""
+    asynchronous, times = args.vectorization == "async", []
+    if args.vectorization == "auto" and num_envs > 1:  # worth other processes if a step takes over a millisecond
+        env = gym.wrappers.Autoreset(make_env(args.env_id, -1, False, "", args.pixels, args.image_size)())
+        env.reset(seed=0)
+        for _ in range(20):
+            start = time.perf_counter()
+            env.step(env.action_space.sample())
+            times.append(time.perf_counter() - start)
+        env.close()
+        asynchronous = np.median(times) > 1e-3
     thunks = [make_env(args.env_id, i, capture_video, run_name, args.pixels, args.image_size) for i in range(num_envs)]
-    mode = args.vectorization
-    if mode == "auto":
-        mode = "async" if num_envs > 1 and step_seconds(args) > 1e-3 else "sync"
-    if mode == "async":  # MuJoCo's GL contexts do not survive a fork
-        context = "spawn" if args.pixels and sys.platform != "win32" else None
-        return gym.vector.AsyncVectorEnv(thunks, context=context, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
-    return gym.vector.SyncVectorEnv(thunks, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
-
-
-def step_seconds(args: Args, steps: int = 20) -> float:
-    """Median time of one environment step with random actions."""
-    env = make_env(args.env_id, -1, False, "", args.pixels, args.image_size)()
-    env.reset(seed=0)
-    times = []
-    for _ in range(steps):
-        start = time.perf_counter()
-        _, _, terminated, truncated, _ = env.step(env.action_space.sample())
-        times.append(time.perf_counter() - start)
-        if terminated or truncated:
-            env.reset()
-    env.close()
-    return float(np.median(times))
+    if not asynchronous:
+        return gym.vector.SyncVectorEnv(thunks, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
+    context = "spawn" if args.pixels and sys.platform != "win32" else None  # MuJoCo's GL contexts do not survive a fork
+    return gym.vector.AsyncVectorEnv(thunks, context=context, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
 
 
 def leaves(tree: Any, path: str = "") -> dict[str, Any]:
-    """Leaves of nested dicts and tuples by path, for spaces and for batches alike: {"a": (x, y)} → {"a/0": x, "a/1": y}.
-    A tree that is a leaf itself is called "obs"."""
-    if isinstance(tree, (dict, gym.spaces.Dict)):
-        items = list(tree.items())
-    elif isinstance(tree, (tuple, gym.spaces.Tuple)):
-        items = [(str(i), branch) for i, branch in enumerate(tree)]
-    else:
+    """Leaves of nested dicts and tuples by path, of spaces and of batches: {"a": (x, y)} → {"a/0": x, "a/1": y}. A tree
+    that is a leaf itself is called "obs"."""
+    if not isinstance(tree, (dict, gym.spaces.Dict, tuple, gym.spaces.Tuple)):
         return {path or "obs": tree}
-    return {k: v for name, branch in items for k, v in leaves(branch, f"{path}/{name}" if path else name).items()}
+    items = tree.items() if isinstance(tree, (dict, gym.spaces.Dict)) else enumerate(tree)
+    return {k: v for name, branch in items for k, v in leaves(branch, f"{path}/{name}".lstrip("/")).items()}
 
 
 class Leaf(NamedTuple):
@@ -356,27 +319,24 @@ class Leaf(NamedTuple):
     classes: tuple[int, ...] = ()
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Number format in the replay."""
-        return {"image": torch.uint8, "vector": torch.float32, "discrete": torch.int64}[self.kind]
+    def width(self) -> int:
+        """Channels of an image, numbers of a vector, one-hot columns of a choice."""
+        return sum(self.classes) or self.shape[-1]
 
 
 def classes_of(space: gym.Space) -> tuple[int, ...] | None:
     """Numbers of choices of a Discrete, MultiDiscrete or MultiBinary space; None for any other."""
-    if isinstance(space, gym.spaces.Discrete):
-        return (int(space.n),)
-    if isinstance(space, gym.spaces.MultiDiscrete):
-        return tuple(int(n) for n in space.nvec.ravel())
-    return (2,) * int(np.prod(space.shape)) if isinstance(space, gym.spaces.MultiBinary) else None
+    if isinstance(space, gym.spaces.MultiBinary):
+        return (2,) * int(np.prod(space.shape))
+    if isinstance(space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete)):
+        return tuple(int(n) for n in np.ravel(space.n if isinstance(space, gym.spaces.Discrete) else space.nvec))
+    return None
 
 
 class ObservationCodec:
     """Turns batches of any supported Gymnasium observation into dicts of arrays (B, *leaf.shape).
-
     Images are uint8 or bool boxes H×W or H×W×1..4 with more than 4 pixels a side; they become image_size × image_size
-    pixels of 0..255. All other boxes are vectors. Raises InputError for spaces that it cannot use.
-    """
-
+    pixels of 0..255. All other boxes are vectors. Raises InputError for spaces that it cannot use."""
     def __init__(self, space: gym.Space, image_size: int):
         self.spaces, self.image_size = leaves(space), image_size
         self.leaves = {name: self.leaf(name, sub) for name, sub in sorted(self.spaces.items())}
@@ -388,31 +348,29 @@ class ObservationCodec:
         if classes := classes_of(space):
             return Leaf("discrete", (len(classes),), classes)
         if not isinstance(space, gym.spaces.Box) or 0 in space.shape:
-            raise InputError(f"observation {name!r} is {space}, which is not supported: make it a non-empty Box, Discrete,"
-                             " MultiDiscrete or MultiBinary with gymnasium.wrappers.TransformObservation")
+            raise InputError(f"observation {name!r} is {space}, which is not supported: make it a non-empty Box, "
+                             "Discrete, MultiDiscrete or MultiBinary with gymnasium.wrappers.TransformObservation")
         pixels = space.dtype in (np.uint8, np.bool_) and len(space.shape) in (2, 3) and min(space.shape[:2]) > 4
         if pixels and (len(space.shape) == 2 or space.shape[2] <= 4):
             return Leaf("image", (self.image_size, self.image_size, (*space.shape, 1)[2]))
         return Leaf("vector", (int(np.prod(space.shape)),))
 
     def __call__(self, obs: Any) -> dict[str, np.ndarray]:
-        flat = leaves(obs)
-        return {name: self.encode(name, leaf, np.asarray(flat[name])) for name, leaf in self.leaves.items()}
-
-    def encode(self, name: str, leaf: Leaf, x: np.ndarray) -> np.ndarray:
-        if leaf.kind == "image":
-            return self.resize(x, leaf, self.spaces[name])
-        if leaf.kind == "discrete":
-            start = np.asarray(getattr(self.spaces[name], "start", 0)).reshape(-1)
-            return x.reshape(len(x), -1).astype(np.int64) - start
-        x = x.reshape(len(x), -1).astype(np.float32)
-        if not np.isfinite(x).all():
-            raise InputError(f"observation {name!r} holds {x[~np.isfinite(x)][0]}: make the environment return finite "
-                             "numbers, for example with gymnasium.wrappers.TransformObservation")
-        return x
+        flat, out = leaves(obs), {}
+        for name, leaf in self.leaves.items():
+            x, space = np.asarray(flat[name]), self.spaces[name]
+            if leaf.kind == "image":
+                out[name] = self.resize(x.reshape(*x.shape[:3], -1), leaf, space)
+            elif leaf.kind == "discrete":
+                out[name] = x.reshape(len(x), -1).astype(np.int64) - np.ravel(getattr(space, "start", 0))
+            else:
+                out[name] = x = x.reshape(len(x), -1).astype(np.float32)
+                if not np.isfinite(x).all():
+                    raise InputError(f"observation {name!r} holds {x[~np.isfinite(x)][0]}: make the environment return "
+                                     "finite numbers, for example with gymnasium.wrappers.TransformObservation")
+        return out
 
     def resize(self, x: np.ndarray, leaf: Leaf, space: gym.spaces.Box) -> np.ndarray:
-        x = x.reshape(*x.shape[:3], -1)
         low, high = float(space.low.min()), float(space.high.max())
         if x.shape[1:] == leaf.shape and (low, high) == (0.0, 255.0):
             return x
@@ -423,84 +381,66 @@ class ObservationCodec:
 
 class ActionCodec:
     """Maps the flat vectors of the networks (one-hots and raw Gaussian samples) to actions of any supported space.
-
     `heads` lists ("discrete", classes) or ("continuous", n) by path; `size` is the width A of the flat vector, `noise`
-    the uniform numbers that a sample needs. Raises InputError for unbounded and unsupported spaces.
-    """
-
+    the uniform numbers that a sample needs. Raises InputError for unbounded and unsupported spaces."""
     def __init__(self, space: gym.Space):
-        self.space, self.spaces, self.heads = space, leaves(space), {}
-        for name, sub in self.spaces.items():
-            if classes := classes_of(sub):
-                self.heads[name] = ("discrete", classes)
-            elif not isinstance(sub, gym.spaces.Box) or 0 in sub.shape:
-                raise InputError(f"action space {sub} is not supported: use Discrete, Box, MultiDiscrete, MultiBinary, or "
-                                 "a Dict or Tuple of these")
-            elif not (np.isfinite(sub.low).all() and np.isfinite(sub.high).all()):
+        self.space, self.heads, self.start = space, {}, {}
+        self.size = self.noise = 0
+        for name, sub in leaves(space).items():
+            classes = classes_of(sub)
+            if not classes and (not isinstance(sub, gym.spaces.Box) or 0 in sub.shape):
+                raise InputError(f"action space {sub} is not supported: use Discrete, Box, MultiDiscrete, MultiBinary, "
+                                 "or a Dict or Tuple of these")
+            if not classes and not (np.isfinite(sub.low).all() and np.isfinite(sub.high).all()):
                 raise InputError(f"action space {sub} is unbounded: give it finite bounds, for example with "
-                                 "gymnasium.wrappers.TransformAction(env, lambda a: a, gymnasium.spaces.Box(-1, 1, shape))")
-            else:
-                self.heads[name] = ("continuous", int(np.prod(sub.shape)))
+                                 "gymnasium.wrappers.TransformAction(env, lambda a: a, gymnasium.spaces.Box(-1, 1, n))")
+            n = int(np.prod(sub.shape))
+            self.heads[name], self.start[name] = ("discrete", classes) if classes else ("continuous", n), self.size
+            self.size += sum(classes) if classes else n
+            self.noise += n  # one number for every choice or dimension
         if not self.heads:
             raise InputError(f"action space {space} is empty: the agent has nothing to choose")
-        self.size = sum(sum(n) if kind == "discrete" else n for kind, n in self.heads.values())
-        self.noise = sum(len(n) if kind == "discrete" else n for kind, n in self.heads.values())
 
-    def decode(self, flat: np.ndarray) -> Any:
+    def decode(self, flat: np.ndarray, space: gym.Space | None = None, path: str = "") -> Any:
         """(B, A) → a batch of actions as the vector environment expects it."""
-        out, i = {}, 0
-        for name, (kind, n) in self.heads.items():
-            sub = self.spaces[name]
-            if kind == "discrete":
-                bounds = np.cumsum((i, *n))
-                choice = [flat[:, a:b].argmax(-1) for a, b in zip(bounds, bounds[1:])]
-                value = np.stack(choice, -1).reshape(-1, *sub.shape) + getattr(sub, "start", 0)
-                i = bounds[-1]
-            else:  # [-1, 1] → [low, high]; the raw sample may lie outside
-                unit = (np.clip(flat[:, i : i + n], -1, 1).astype(np.float64).reshape(-1, *sub.shape) + 1) / 2
-                value = sub.low + unit * (sub.high.astype(np.float64) - sub.low)
-                value = value.round() if np.issubdtype(sub.dtype, np.integer) else value
-                i += n
-            out[name] = value.astype(sub.dtype)
-        return self.nest(self.space, out)
-
-    def nest(self, space: gym.Space, flat: dict[str, np.ndarray], path: str = "") -> Any:
-        prefix = f"{path}/" if path else ""
+        space = self.space if space is None else space
         if isinstance(space, gym.spaces.Dict):
-            return {k: self.nest(sub, flat, prefix + k) for k, sub in space.items()}
+            return {k: self.decode(flat, sub, f"{path}/{k}".lstrip("/")) for k, sub in space.items()}
         if isinstance(space, gym.spaces.Tuple):
-            return tuple(self.nest(sub, flat, prefix + str(i)) for i, sub in enumerate(space))
-        return flat[path or "obs"]
+            return tuple(self.decode(flat, sub, f"{path}/{i}".lstrip("/")) for i, sub in enumerate(space))
+        (kind, n), i = self.heads[path or "obs"], self.start[path or "obs"]
+        if kind == "discrete":
+            bounds = np.cumsum((i, *n))
+            choice = np.stack([flat[:, a:b].argmax(-1) for a, b in zip(bounds, bounds[1:])], -1)
+            value = choice.reshape(-1, *space.shape) + getattr(space, "start", 0)
+        else:  # [-1, 1] → [low, high]; the raw sample may lie outside
+            unit = (np.clip(flat[:, i : i + n], -1, 1).astype(np.float64).reshape(-1, *space.shape) + 1) / 2
+            value = space.low + unit * (space.high.astype(np.float64) - space.low)
+            value = value.round() if np.issubdtype(space.dtype, np.integer) else value
+        return value.astype(space.dtype)
 
 
 # --------------------------------------------------------------------------------------------------------------- replay
 
-
 class ReplayBuffer:
     """A ring of the last `capacity` steps, split evenly over the environments, that yields windows of T + 1 steps.
-
-    The first step of a window is context: its stored latent and action start the recurrence, the other T are trained on.
+    The first step of a window is context: its stored latent and action start the recurrence, the other T are trained.
     Windows start anywhere, cross episode boundaries and never the write head. Fresh windows, each environment's one
-    after the other without overlap, are served once before uniform draws (the online queue).
-    """
-
+    after the other without overlap, are served once before uniform draws (the online queue)."""
     def __init__(self, capacity: int, num_envs: int, batch_length: int, specs: dict[str, tuple], seed: int = 0):
         """specs: name → (shape, dtype) of one step."""
         self.rows, self.num_envs, self.window = capacity // num_envs, num_envs, batch_length + 1
         if self.window > self.rows:
-            raise InputError(f"batch_length {batch_length} is longer than the buffer ({self.rows} steps an environment)")
+            raise InputError(f"batch_length {batch_length} is longer than the buffer ({self.rows} steps each)")
         # torch.empty takes memory only as rows are written
         self.data = {k: torch.empty((num_envs, self.rows, *shape), dtype=dtype) for k, (shape, dtype) in specs.items()}
         self.count = 0  # steps ever added to each environment's stream; step i lives in row i % rows
         self.online: collections.deque[tuple[int, int]] = collections.deque()  # (environment, first step)
         self.generator = torch.Generator().manual_seed(seed)
+        self.bytes_per_step = sum(x[0, 0].nbytes for x in self.data.values())
 
     def __len__(self) -> int:
         return self.num_envs * min(self.count, self.rows)
-
-    @property
-    def bytes_per_step(self) -> int:
-        return sum(x[0, 0].nbytes for x in self.data.values())
 
     def add(self, step: dict[str, Any]) -> None:
         """Writes one step of every environment: name → (num_envs, …)."""
@@ -513,22 +453,18 @@ class ReplayBuffer:
 
     def sample(self, batch_size: int, online: bool = True) -> dict[str, torch.Tensor]:
         """name → (B, T + 1, …), plus "env" (B,) and "row" (B, T + 1), the places that write_back fills. Not `online`
-        leaves the queue alone. Raises InputError while no environment has a whole window.
-        """
+        leaves the queue alone. Raises InputError while no environment has a whole window."""
         oldest, newest = max(0, self.count - self.rows), self.count - self.window
         if newest < oldest:
             raise InputError(f"the replay holds {self.count} steps an environment, a window needs {self.window}")
         env = torch.randint(self.num_envs, (batch_size,), generator=self.generator)
         start = torch.randint(oldest, newest + 1, (batch_size,), generator=self.generator)
-        for i in range(batch_size):
-            while self.online and self.online[0][1] < oldest:
-                self.online.popleft()  # overwritten before its turn
-            if not (online and self.online):
-                break
+        while self.online and self.online[0][1] < oldest:
+            self.online.popleft()  # overwritten before its turn
+        for i in range(min(batch_size, len(self.online)) if online else 0):
             env[i], start[i] = self.online.popleft()
         row = (start[:, None] + torch.arange(self.window)) % self.rows
-        batch = {k: x[env[:, None], row] for k, x in self.data.items()}
-        return {**batch, "env": env, "row": row}
+        return {**{k: x[env[:, None], row] for k, x in self.data.items()}, "env": env, "row": row}
 
     def write_back(self, batch: dict[str, torch.Tensor], **fresh: torch.Tensor) -> None:
         """Replaces the T trained steps of a sampled batch by `fresh` values (B, T, …), the latents of newer weights."""
@@ -542,11 +478,11 @@ class ReplayBuffer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores a saved ring; raises InputError if it was saved with another capacity or number of environments."""
-        layout = {k: (len(x), *x.shape[2:]) for k, x in self.data.items()}
+        ours, saved = ({k: (len(x), *x.shape[2:]) for k, x in data.items()} for data in (self.data, state["data"]))
         fits = state["rows"] == self.rows or state["count"] <= min(self.rows, state["rows"])  # or has not wrapped yet
-        if not fits or layout != {k: (len(x), *x.shape[2:]) for k, x in state["data"].items()}:
-            raise InputError("the saved replay has another layout: resume with the same environment, size, num_envs and "
-                             "buffer_size")
+        if not fits or ours != saved:
+            raise InputError("the saved replay has another layout: resume with the same environment, size, num_envs "
+                             "and buffer_size")
         for name, value in state["data"].items():
             self.data[name][:, : value.shape[1]] = value
         self.count, self.online = state["count"], collections.deque(tuple(x) for x in state["online"])
@@ -556,7 +492,6 @@ class ReplayBuffer:
 
 
 # --------------------------------------------------------------------------------------------------- robust predictions
-
 
 def symlog(x: torch.Tensor) -> torch.Tensor:
     """sign(x) · ln(1 + |x|): squashes large values of either sign (paper, section "Robust predictions")."""
@@ -570,10 +505,7 @@ def symexp(x: torch.Tensor) -> torch.Tensor:
 
 class SymexpTwoHot:
     """A number predicted as a categorical over 255 exponentially spaced values: logits (…, 255).
-
-    Any scale of rewards and returns fits, and the size of the gradient does not depend on the size of the target.
-    """
-
+    Any scale of rewards and returns fits, and the size of the gradient does not depend on the size of the target."""
     def __init__(self, logits: torch.Tensor):
         self.logits = logits.float()
         half = symexp(torch.linspace(-20, 0, (logits.shape[-1] + 1) // 2, device=logits.device))
@@ -588,20 +520,17 @@ class SymexpTwoHot:
         """Cross-entropy (…) to `target` (…), split between its neighbouring bins linearly in raw (not symlog) space."""
         target = target.float().clamp(self.bins[0], self.bins[-1])
         below = (torch.searchsorted(self.bins, target, right=True) - 1).clamp(0, self.bins.shape[0] - 2)
-        low, high = self.bins[below], self.bins[below + 1]
-        weight = (target - low) / (high - low)
-        logp = self.logits.log_softmax(-1)
-        logp_low, logp_high = (logp.gather(-1, i[..., None])[..., 0] for i in (below, below + 1))
-        return -(1 - weight) * logp_low - weight * logp_high
+        weight = (target - self.bins[below]) / (self.bins[below + 1] - self.bins[below])
+        low, high = self.logits.log_softmax(-1).gather(-1, torch.stack([below, below + 1], -1)).unbind(-1)
+        return -(1 - weight) * low - weight * high
 
 
 class OneHot:
     """Categorical over one-hot vectors (…, C), mixed with `unimix` of the uniform distribution; see RSSM and Actor."""
-
     def __init__(self, logits: torch.Tensor, unimix: float = 0.0):
         self.logits, self.unimix = logits.float(), unimix
         exp = (self.logits - self.logits.amax(-1, keepdim=True).detach()).exp()
-        self.probs = exp / exp.sum(-1, keepdim=True)  # on a CPU torch's own softmax takes 3 times as long for few classes
+        self.probs = exp / exp.sum(-1, keepdim=True)  # for few classes on a CPU 3 times as fast as softmax
         if unimix:  # keeps every class possible, so that log-probabilities and KL stay bounded
             self.probs = (1 - unimix) * self.probs + unimix / logits.shape[-1]
 
@@ -628,15 +557,13 @@ class OneHot:
 
 class Normal:
     """Gaussian over independent dimensions (…, n)."""
-
     def __init__(self, mean: torch.Tensor, std: torch.Tensor):
         self.mean, self.std = mean.float(), std.float()
 
     def sample(self, uniform: torch.Tensor | None) -> torch.Tensor:
         """Sample by inverse CDF from `uniform` (…, n) in [0, 1), the mean for None."""
-        if uniform is None:
-            return self.mean
-        return self.mean + self.std * torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6))
+        z = 0 if uniform is None else torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6))
+        return self.mean + self.std * z
 
     def log_prob(self, x: torch.Tensor) -> torch.Tensor:
         return (-0.5 * ((x - self.mean) / self.std) ** 2 - self.std.log() - 0.5 * np.log(2 * np.pi)).sum(-1)
@@ -647,7 +574,6 @@ class Normal:
 
 # --------------------------------------------------------------------------------------------------------------- layers
 
-
 def init_weight(weight: torch.Tensor, fan_in: int, outscale: float = 1.0) -> None:
     """Truncated normal (±2σ) of variance outscale² / fan_in; 1.1368 makes up for what the truncation takes away."""
     nn.init.trunc_normal_(weight, std=1.0, a=-2.0, b=2.0)
@@ -656,7 +582,6 @@ def init_weight(weight: torch.Tensor, fan_in: int, outscale: float = 1.0) -> Non
 
 class RMSNorm(nn.Module):
     """x / rms(x) over the last axis, in float32, with a learned scale and no shift."""
-
     def __init__(self, size: int, eps: float = 1e-4):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
@@ -674,39 +599,31 @@ class Linear(nn.Linear):
 
 class BlockLinear(nn.Module):
     """`blocks` independent linear layers: block g maps its slice of x (…, inputs) and all of `shared` (…, shared).
-
-    Passing `shared` equals repeating it to every block and concatenating, without the copies.
-    """
-
+    Passing `shared` equals repeating it to every block and concatenating, without the copies."""
     def __init__(self, inputs: int, outputs: int, blocks: int, shared: int = 0):
         super().__init__()
-        self.own = inputs // blocks
+        self.blocks, self.own = blocks, inputs // blocks
         self.weight = nn.Parameter(torch.empty(blocks, self.own + shared, outputs // blocks))
         self.bias = nn.Parameter(torch.zeros(outputs))
         init_weight(self.weight, inputs + blocks * shared)  # the reference counts the inputs of all blocks
 
     def forward(self, x: torch.Tensor, shared: torch.Tensor | None = None) -> torch.Tensor:
         """(N, inputs), (N, shared) → (N, outputs)."""
-        return self.grouped(x, shared).transpose(0, 1).flatten(1)
-
-    def grouped(self, x: torch.Tensor, shared: torch.Tensor | None = None) -> torch.Tensor:
-        """The same, left as the products deliver it: (G, N, outputs / G)."""
-        blocks = self.weight.shape[0]
-        x = x.unflatten(-1, (blocks, self.own)).transpose(0, 1)
-        y = torch.baddbmm(self.bias.view(blocks, 1, -1), x, self.weight[:, : self.own])
-        return y if shared is None else torch.baddbmm(y, shared.expand(blocks, -1, -1), self.weight[:, self.own :])
+        x = x.unflatten(-1, (self.blocks, self.own)).transpose(0, 1)  # (G, N, inputs / G)
+        y = torch.baddbmm(self.bias.view(self.blocks, 1, -1), x, self.weight[:, : self.own])
+        if shared is not None:
+            y = torch.baddbmm(y, shared.expand(self.blocks, -1, -1), self.weight[:, self.own :])
+        return y.transpose(0, 1).flatten(1)
 
 
 class Layer(nn.Sequential):
     """Linear → RMSNorm → SiLU, the unit that most of the networks consist of."""
-
     def __init__(self, inputs: int, outputs: int):
         super().__init__(Linear(inputs, outputs), RMSNorm(outputs), nn.SiLU())
 
 
 class MLP(nn.Sequential):
     """`layers` layers of `units`, then, if `outputs` is given, a linear layer scaled by `outscale`."""
-
     def __init__(self, inputs: int, units: int, layers: int, outputs: int | None = None, outscale: float = 1.0):
         modules = [Layer(inputs if i == 0 else units, units) for i in range(layers)]
         super().__init__(*modules, *([Linear(units, outputs, outscale)] if outputs else []))
@@ -714,7 +631,6 @@ class MLP(nn.Sequential):
 
 class Conv(nn.Module):
     """5×5 convolution that keeps the resolution of images (N, H, W, C)."""
-
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, 5, padding=2)
@@ -727,58 +643,48 @@ class Conv(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------- world model
 
-
 class Encoder(nn.Module):
     """Observation dict (N, …) → tokens (N, size): all vectors through one MLP, all images through one CNN."""
-
     def __init__(self, obs: dict[str, Leaf], size: Size):
         super().__init__()
-        self.obs, self.images = obs, [k for k, leaf in obs.items() if leaf.kind == "image"]
-        self.vectors = [k for k in obs if k not in self.images]  # both in sorted order
-        self.size = 0
+        self.obs, self.size = obs, 0
+        self.images, self.vectors = ([k for k in obs if (obs[k].kind == "image") == image] for image in (True, False))
         if self.vectors:
-            self.mlp = MLP(sum(sum(obs[k].classes) or obs[k].shape[0] for k in self.vectors), size.units, layers=3)
+            self.mlp = MLP(sum(obs[k].width for k in self.vectors), size.units, layers=3)
             self.size += size.units
         if self.images:
-            depths = [sum(obs[k].shape[-1] for k in self.images), *(size.depth * m for m in (2, 3, 4, 4))]
+            depths = [sum(obs[k].width for k in self.images), *(size.depth * m for m in (2, 3, 4, 4))]
             self.convs = nn.ModuleList([Conv(i, o) for i, o in zip(depths, depths[1:])])
             self.norms = nn.ModuleList([RMSNorm(o) for o in depths[1:]])
             self.size += (obs[self.images[0]].shape[0] // 16) ** 2 * depths[-1]
 
     def forward(self, obs: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        tokens = []
+        tokens, inputs = [], []
+        for k in self.vectors:
+            choices = zip(obs[k].long().unbind(-1), self.obs[k].classes)  # one-hots side by side
+            inputs += [F.one_hot(i, n).float() for i, n in choices] if self.obs[k].classes else [symlog(obs[k])]
         if self.vectors:
-            x = [self.onehots(obs[k], self.obs[k]) if self.obs[k].classes else symlog(obs[k]) for k in self.vectors]
-            tokens.append(self.mlp(torch.cat(x, -1).to(dtype)))
+            tokens.append(self.mlp(torch.cat(inputs, -1).to(dtype)))
         if self.images:
             x = torch.cat([obs[k] for k in self.images], -1).to(dtype) / 255 - 0.5  # (N, H, W, C)
             for conv, norm in zip(self.convs, self.norms):  # each halves the resolution by 2×2 max-pooling
-                x = F.max_pool2d(conv(x).permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
-                x = F.silu(norm(x))
+                x = F.silu(norm(F.max_pool2d(conv(x).permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)))
             tokens.append(x.flatten(1))
         return torch.cat(tokens, -1)
-
-    @staticmethod
-    def onehots(index: torch.Tensor, leaf: Leaf) -> torch.Tensor:
-        """(N, n) class indices → (N, sum of classes)."""
-        return torch.cat([F.one_hot(i, n) for i, n in zip(index.long().unbind(-1), leaf.classes)], -1).float()
 
 
 class Decoder(nn.Module):
     """(deter, stoch) → a reconstruction of every observation key, images in [0, 1], vectors in symlog space."""
-
     def __init__(self, obs: dict[str, Leaf], size: Size):
         super().__init__()
-        self.obs, self.images = obs, [k for k, leaf in obs.items() if leaf.kind == "image"]
-        self.vectors = [k for k in obs if k not in self.images]
-        stoch = size.latents * size.classes
+        self.obs, stoch = obs, size.latents * size.classes
+        self.images, self.vectors = ([k for k in obs if (obs[k].kind == "image") == image] for image in (True, False))
         if self.vectors:
             self.mlp = MLP(size.deter + stoch, size.units, layers=3)
-            outputs = {k: sum(obs[k].classes) or obs[k].shape[0] for k in self.vectors}
-            self.outputs = nn.ModuleDict({k.replace(".", "·"): Linear(size.units, n) for k, n in outputs.items()})
+            self.outputs = nn.ModuleDict({k.replace(".", "·"): Linear(size.units, obs[k].width) for k in self.vectors})
         if self.images:
             self.side = obs[self.images[0]].shape[0] // 16
-            depths = [size.depth * m for m in (4, 4, 3, 2)] + [sum(obs[k].shape[-1] for k in self.images)]
+            depths = [size.depth * m for m in (4, 4, 3, 2)] + [sum(obs[k].width for k in self.images)]
             cells = self.side**2 * depths[0]
             self.from_deter = BlockLinear(size.deter, cells, size.blocks)
             self.from_stoch = nn.Sequential(Layer(stoch, 2 * size.units), Linear(2 * size.units, cells))
@@ -792,27 +698,25 @@ class Decoder(nn.Module):
             x = self.mlp(torch.cat([stoch, deter], -1))  # the order of the reference, here alone
             recon = {k: self.outputs[k.replace(".", "·")](x).float() for k in self.vectors}
         if self.images:
-            groups = self.from_deter(deter).unflatten(-1, (self.from_deter.weight.shape[0], self.side, self.side, -1))
+            groups = self.from_deter(deter).unflatten(-1, (self.from_deter.blocks, self.side, self.side, -1))
             x = groups.permute(0, 2, 3, 1, 4).flatten(3)  # block g makes the g-th group of channels
             x = x + self.from_stoch(stoch).unflatten(-1, x.shape[1:])
             for norm, conv in zip(self.norms, self.convs):
-                x = F.silu(norm(x)).permute(0, 3, 1, 2)
-                x = conv(F.interpolate(x, scale_factor=2, mode="nearest").permute(0, 2, 3, 1))
-            channels = [self.obs[k].shape[-1] for k in self.images]
-            recon |= dict(zip(self.images, x.float().sigmoid().split(channels, -1)))
+                x = F.interpolate(F.silu(norm(x)).permute(0, 3, 1, 2), scale_factor=2, mode="nearest")
+                x = conv(x.permute(0, 2, 3, 1))
+            recon |= dict(zip(self.images, x.float().sigmoid().split([self.obs[k].width for k in self.images], -1)))
         return recon
 
     def loss(self, recon: dict[str, torch.Tensor], obs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Reconstruction loss of every key, (N,) each: summed over pixels, components or categories."""
         losses = {}
         for k, x in recon.items():
-            if self.obs[k].kind == "image":
-                losses[k] = (x - obs[k].float() / 255).square().sum((1, 2, 3))
-            elif self.obs[k].kind == "vector":
-                losses[k] = (x - symlog(obs[k])).square().sum(-1)
-            else:
+            if self.obs[k].kind == "discrete":
                 parts = zip(x.split(self.obs[k].classes, -1), obs[k].long().unbind(-1))
                 losses[k] = sum(F.cross_entropy(logits, index, reduction="none") for logits, index in parts)
+            else:
+                target = obs[k].float() / 255 if self.obs[k].kind == "image" else symlog(obs[k])
+                losses[k] = (x - target).square().flatten(1).sum(1)
         return losses
 
 
@@ -821,67 +725,58 @@ class RSSM(nn.Module):
 
         sequence   h_t = f(h_{t-1}, z_{t-1}, a_{t-1})        block GRU
         posterior  z_t ~ q(z_t | h_t, x_t)                   when x_t is seen
-        prior      z_t ~ p(z_t | h_t)                        in dreams
-    """
-
+        prior      z_t ~ p(z_t | h_t)                        in dreams"""
     def __init__(self, tokens: int, actions: int, size: Size, unimix: float = 0.01):
         super().__init__()
         self.size, self.unimix = size, unimix
         deter, hidden, stoch = size.deter, size.hidden, size.latents * size.classes
-        self.deter_in, self.stoch_in = Layer(deter, hidden), Layer(stoch, hidden)
-        self.action_in = Layer(actions, hidden)
+        self.deter_in, self.stoch_in, self.action_in = (Layer(n, hidden) for n in (deter, stoch, actions))
         self.hidden = BlockLinear(deter, deter, size.blocks, shared=3 * hidden)
         self.hidden_norm = RMSNorm(deter)
         self.gates = BlockLinear(deter, 3 * deter, size.blocks)
         self.prior = MLP(deter, hidden, 2, stoch)
         self.posterior = MLP(deter + tokens, hidden, 1, stoch)
 
-    def dist(self, logits: torch.Tensor) -> OneHot:
-        return OneHot(logits, self.unimix)
-
     def initial(self, batch: int, device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Zeros, not learned: deter (B, D), stoch (B, S, C)."""
         return (torch.zeros(batch, self.size.deter, device=device),
                 torch.zeros(batch, self.size.latents, self.size.classes, device=device))
 
-    def embed(self, action: torch.Tensor) -> torch.Tensor:
-        """Actions (…, A), of any size for raw Gaussian samples, scaled into [-1, 1] elementwise → (…, hidden)."""
-        return self.action_in((action / action.abs().clamp(min=1).detach()).to(self.gates.weight.dtype))
-
-    def core(self, deter: torch.Tensor, stoch: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        """(B, D), (B, S, C), embedded action (B, hidden) → next deter (B, D)."""
-        x = torch.cat([self.deter_in(deter), self.stoch_in(stoch.flatten(1)), action], -1)
-        x = F.silu(self.hidden_norm(self.hidden(deter, x)))
-        reset, cand, update = self.gates.grouped(x).chunk(3, -1)  # (G, B, D / G): every block has its own three gates
-        cand = torch.tanh(torch.sigmoid(reset) * cand)
-        update = torch.sigmoid(update - 1)  # the −1 makes forgetting slow at the start
-        # hₜ = uₜ · cₜ + (1 − uₜ) · hₜ₋₁
-        blocks = deter.unflatten(-1, (self.size.blocks, -1)).transpose(0, 1)
-        return torch.lerp(blocks, cand, update).transpose(0, 1).flatten(1)
-
-    def img_step(self, deter: torch.Tensor, stoch: torch.Tensor, action: torch.Tensor,
-                 noise: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """One dreamed step: state and action (B, A) at t-1, uniform noise (B, S) or None for modes → state at t."""
-        deter = self.core(deter, stoch, self.embed(action))
-        return deter, self.dist(self.logits(self.prior, deter)).sample(noise).to(deter.dtype)
-
-    def obs_step(self, deter: torch.Tensor, stoch: torch.Tensor, action: torch.Tensor, tokens: torch.Tensor,
-                 keep: torch.Tensor, noise: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One observed step: state at t-1, embedded action, tokens at t, keep (B, 1) = not is_first → state, logits at t."""
-        deter = self.core(deter * keep, stoch * keep[..., None], action)
-        logits = self.logits(self.posterior, torch.cat([deter, tokens], -1))
-        return deter, self.dist(logits).sample(noise).to(deter.dtype), logits
+    def dist(self, logits: torch.Tensor) -> OneHot:
+        return OneHot(logits, self.unimix)
 
     def logits(self, net: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return net(x).unflatten(-1, (self.size.latents, self.size.classes)).float()
 
-    def observe(self, deter: torch.Tensor, stoch: torch.Tensor, tokens: torch.Tensor, prev_action: torch.Tensor,
-                is_first: torch.Tensor, noise: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-        """Filters a sequence: state before it, tokens (B, T, E), prev_action (B, T, A), is_first (B, T), noise (B, T, S).
+    def embed(self, action: torch.Tensor) -> torch.Tensor:
+        """Actions (…, A), of any size for raw Gaussian samples, scaled into [-1, 1] elementwise → (…, hidden)."""
+        return self.action_in((action / action.abs().clamp(min=1).detach()).to(self.gates.weight.dtype))
 
+    def core(self, deter, stoch, action) -> torch.Tensor:
+        """(B, D), (B, S, C), embedded action (B, hidden) → next deter (B, D)."""
+        x = torch.cat([self.deter_in(deter), self.stoch_in(stoch.flatten(1)), action], -1)
+        x = F.silu(self.hidden_norm(self.hidden(deter, x)))
+        gates, blocks = (y.unflatten(-1, (self.size.blocks, -1)) for y in (self.gates(x), deter))
+        reset, cand, update = gates.chunk(3, -1)  # (B, G, D / G): every block has its own three gates
+        cand = torch.tanh(torch.sigmoid(reset) * cand)
+        # hₜ = uₜ · cₜ + (1 − uₜ) · hₜ₋₁; the −1 makes forgetting slow at the start
+        return torch.lerp(blocks, cand, torch.sigmoid(update - 1)).flatten(1)
+
+    def img_step(self, deter, stoch, action, noise) -> tuple[torch.Tensor, torch.Tensor]:
+        """One dreamed step: state and action (B, A) at t-1, uniform noise (B, S) or None for modes → state at t."""
+        deter = self.core(deter, stoch, self.embed(action))
+        return deter, self.dist(self.logits(self.prior, deter)).sample(noise).to(deter.dtype)
+
+    def obs_step(self, deter, stoch, action, tokens, keep, noise) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One observed step: state at t-1, embedded action, tokens at t, keep (B, 1) = not is_first → state, logits."""
+        deter = self.core(deter * keep, stoch * keep[..., None], action)
+        logits = self.logits(self.posterior, torch.cat([deter, tokens], -1))
+        return deter, self.dist(logits).sample(noise).to(deter.dtype), logits
+
+    def observe(self, deter, stoch, tokens, prev_action, is_first, noise=None) -> tuple[torch.Tensor, ...]:
+        """Filters a sequence: state before it, tokens (B, T, E), prev_action (B, T, A), is_first (B, T), noise or None.
         Where is_first, state and action are zeroed: what came before belongs to another episode.
-        Returns deter (B, T, D), stoch (B, T, S, C), posterior logits (B, T, S, C).
-        """
+        Returns deter (B, T, D), stoch (B, T, S, C), posterior logits (B, T, S, C)."""
         keep = (~is_first)[..., None].to(tokens.dtype)
         actions = self.embed(prev_action * keep).unbind(1)
         noises = [None] * len(actions) if noise is None else noise.unbind(1)
@@ -891,33 +786,26 @@ class RSSM(nn.Module):
             states.append((deter, stoch, logits))
         return tuple(torch.stack(x, 1) for x in zip(*states))
 
-    def imagine(self, deter: torch.Tensor, stoch: torch.Tensor, policy: Any, horizon: int,
-                noise: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    def imagine(self, deter, stoch, policy, horizon, noise=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Dreams from states (N, …): `policy(deter, stoch, t)` gives the action (N, A) at step t; noise (N, H, S).
-
-        Returns deter (N, H + 1, D) and stoch (N, H + 1, S, C) with the start in front, and actions (N, H, A).
-        """
-        states, actions = [(deter, stoch)], []
+        Returns deter (N, H + 1, D) and stoch (N, H + 1, S, C) with the start in front, and actions (N, H, A)."""
+        deters, stochs, actions = [deter], [stoch], []
         for t in range(horizon):
-            actions.append(policy(deter, stoch, t))
-            deter, stoch = self.img_step(deter, stoch, actions[-1], None if noise is None else noise[:, t])
-            states.append((deter, stoch))
-        deters, stochs = zip(*states)
+            actions.append(policy(deters[-1], stochs[-1], t))
+            deter, stoch = self.img_step(deters[-1], stochs[-1], actions[-1], None if noise is None else noise[:, t])
+            deters.append(deter)
+            stochs.append(stoch)
         return torch.stack(deters, 1), torch.stack(stochs, 1), torch.stack(actions, 1)
 
-    def kl_loss(self, post: torch.Tensor, prior: torch.Tensor, free: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (…, S, C) of both → dyn (…), which moves only the prior, and rep (…), which moves only the posterior."""
+    def kl_loss(self, post: torch.Tensor, prior: torch.Tensor, free: float = 1.0) -> list[torch.Tensor]:
+        """Logits (…, S, C) of both → dyn (…), which moves only the prior, and rep (…), only the posterior."""
+        pairs = (self.dist(post.detach()), self.dist(prior)), (self.dist(post), self.dist(prior.detach()))
         # KL(p‖q) = Σ p · (ln p − ln q), over all latents; free nats come off the sum
-        dyn, rep = (
-            (p.probs * (p.logp - q.logp)).sum((-2, -1)).clamp(min=free)
-            for p, q in ((self.dist(post.detach()), self.dist(prior)), (self.dist(post), self.dist(prior.detach())))
-        )
-        return dyn, rep
+        return [(p.probs * (p.logp - q.logp)).sum((-2, -1)).clamp(min=free) for p, q in pairs]
 
 
 class WorldModel(nn.Module):
     """Everything that learns from real experience alone: encoder, RSSM, decoder, reward and continue heads."""
-
     def __init__(self, obs: dict[str, Leaf], actions: int, size: Size):
         super().__init__()
         self.encoder, self.decoder = Encoder(obs, size), Decoder(obs, size)
@@ -928,36 +816,34 @@ class WorldModel(nn.Module):
 
     def encode(self, obs: dict[str, torch.Tensor]) -> torch.Tensor:
         """name → (B, T, …) to tokens (B, T, E), computed in the number format of the weights."""
-        batch, length = next(iter(obs.values())).shape[:2]
-        dtype = self.rssm.gates.weight.dtype
-        return self.encoder({k: x.flatten(0, 1) for k, x in obs.items()}, dtype).unflatten(0, (batch, length))
+        shape, flat = next(iter(obs.values())).shape[:2], {k: x.flatten(0, 1) for k, x in obs.items()}
+        return self.encoder(flat, self.rssm.gates.weight.dtype).unflatten(0, shape)
 
     def loss(self, batch: dict[str, Any], noise: torch.Tensor | None, gamma: float, free_nats: float):
         """Losses (B, T) of a batch as Dreamer.forward lays it out; also the states, and scalar metrics."""
-        deter, stoch, post = self.rssm.observe(*batch["carry"], self.encode(batch["obs"]), batch["prev_action"],
-                                               batch["is_first"], noise)
-        prior = self.rssm.logits(self.rssm.prior, deter)
-        feat = features(deter, stoch)
-        losses, (b, t) = {}, deter.shape[:2]
-        losses["dyn"], losses["rep"] = self.rssm.kl_loss(post, prior, free_nats)
+        tokens, rssm = self.encode(batch["obs"]), self.rssm
+        deter, stoch, post = rssm.observe(*batch["carry"], tokens, batch["prev_action"], batch["is_first"], noise)
+        prior = rssm.logits(rssm.prior, deter)
         recon = self.decoder(deter.flatten(0, 1), stoch.flatten(0, 1))
         parts = self.decoder.loss(recon, {k: x.flatten(0, 1) for k, x in batch["obs"].items()})
-        losses["rec"] = sum(parts.values()).unflatten(0, (b, t))
+        feat, losses = features(deter, stoch), {}
+        losses["dyn"], losses["rep"] = rssm.kl_loss(post, prior, free_nats)
+        losses["rec"] = sum(parts.values()).unflatten(0, deter.shape[:2])
         losses["rew"] = SymexpTwoHot(self.reward(feat)).loss(batch["reward"])
         # the discount is part of the continue target, so dreams need no γ of their own
         target = (~batch["is_terminal"]).float() * gamma
         losses["con"] = F.binary_cross_entropy_with_logits(self.cont(feat)[..., 0].float(), target, reduction="none")
         metrics = {f"rec_{k}": x.mean() for k, x in parts.items()} if len(parts) > 1 else {}
-        metrics["prior_entropy"] = self.rssm.dist(prior).entropy().sum(-1).mean()
-        metrics["posterior_entropy"] = self.rssm.dist(post).entropy().sum(-1).mean()
+        for name, logits in (("prior_entropy", prior), ("posterior_entropy", post)):
+            metrics[name] = rssm.dist(logits).entropy().sum(-1).mean()
         return losses, (deter, stoch, post), metrics
 
     @torch.no_grad()
     def dream(self, batch: dict[str, Any], context: int, noise: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Reconstructs `context` steps, then predicts the rest from the actions alone: name → (B, T, …) as in Decoder."""
+        """Reconstructs `context` steps, then predicts the rest from actions alone: name → (B, T, …) as in Decoder."""
         seen = [x[:, :context] for x in (batch["prev_action"], batch["is_first"], noise)]
-        obs = {k: x[:, :context] for k, x in batch["obs"].items()}
-        deter, stoch, _ = self.rssm.observe(*batch["carry"], self.encode(obs), *seen)
+        tokens = self.encode({k: x[:, :context] for k, x in batch["obs"].items()})
+        deter, stoch, _ = self.rssm.observe(*batch["carry"], tokens, *seen)
         actions, rest = batch["prev_action"][:, context:], noise[:, context:]
         later = self.rssm.imagine(deter[:, -1], stoch[:, -1], lambda h, z, t: actions[:, t], actions.shape[1], rest)
         deter, stoch = (torch.cat([a, b[:, 1:]], 1) for a, b in zip((deter, stoch), later))
@@ -972,10 +858,28 @@ def features(deter: torch.Tensor, stoch: torch.Tensor) -> torch.Tensor:
 
 # --------------------------------------------------------------------------------------------------------- actor-critic
 
+class ActionDist:
+    """Independent distributions side by side: their samples concatenated, log-probabilities and entropies summed."""
+    def __init__(self, dists: list[OneHot | Normal]):
+        self.dists = dists
+        self.sizes = [(d.mean if isinstance(d, Normal) else d.probs).shape[-1] for d in dists]
+
+    def sample(self, uniform: torch.Tensor | None) -> torch.Tensor:
+        """uniform (…, ActionCodec.noise) → actions (…, A); modes for None."""
+        if uniform is None:
+            return torch.cat([d.sample(None) for d in self.dists], -1)
+        parts = uniform.split([n if isinstance(d, Normal) else 1 for d, n in zip(self.dists, self.sizes)], -1)
+        return torch.cat([d.sample(u if isinstance(d, Normal) else u[..., 0]) for d, u in zip(self.dists, parts)], -1)
+
+    def log_prob(self, action: torch.Tensor) -> torch.Tensor:
+        return sum(d.log_prob(a) for d, a in zip(self.dists, action.split(self.sizes, -1)))
+
+    def entropy(self) -> torch.Tensor:
+        return sum(d.entropy() for d in self.dists)
+
 
 class Actor(nn.Module):
     """Policy π(a | feat), one independent head for every path of the action space."""
-
     def __init__(self, feat: int, heads: dict[str, tuple[str, Any]], units: int):
         super().__init__()
         self.heads, self.mlp, self.outputs = heads, MLP(feat, units, 3), nn.ModuleList()
@@ -983,7 +887,7 @@ class Actor(nn.Module):
             sizes = [sum(n)] if kind == "discrete" else [n, n]  # logits, or mean and standard deviation
             self.outputs.append(nn.ModuleList([Linear(units, size, outscale=0.01) for size in sizes]))
 
-    def forward(self, feat: torch.Tensor) -> "ActionDist":
+    def forward(self, feat: torch.Tensor) -> ActionDist:
         x, dists = self.mlp(feat), []
         for (kind, n), layers in zip(self.heads.values(), self.outputs):
             out = [layer(x).float() for layer in layers]
@@ -994,31 +898,8 @@ class Actor(nn.Module):
         return ActionDist(dists)
 
 
-class ActionDist:
-    """Independent distributions side by side: their samples concatenated, log-probabilities and entropies summed."""
-
-    def __init__(self, dists: list[OneHot | Normal]):
-        self.dists = dists
-
-    def sample(self, uniform: torch.Tensor | None) -> torch.Tensor:
-        """uniform (…, ActionCodec.noise) → actions (…, A); modes for None."""
-        if uniform is None:
-            return torch.cat([dist.sample(None) for dist in self.dists], -1)
-        sizes = [dist.mean.shape[-1] if isinstance(dist, Normal) else 1 for dist in self.dists]
-        return torch.cat([dist.sample(u if isinstance(dist, Normal) else u[..., 0])
-                          for dist, u in zip(self.dists, uniform.split(sizes, -1))], -1)
-
-    def log_prob(self, action: torch.Tensor) -> torch.Tensor:
-        sizes = [(dist.mean if isinstance(dist, Normal) else dist.probs).shape[-1] for dist in self.dists]
-        return sum(dist.log_prob(a) for dist, a in zip(self.dists, action.split(sizes, -1)))
-
-    def entropy(self) -> torch.Tensor:
-        return sum(dist.entropy() for dist in self.dists)
-
-
 class Critic(nn.Module):
     """Distribution over the return from feat."""
-
     def __init__(self, feat: int, units: int):
         super().__init__()
         self.mlp = MLP(feat, units, 3, 255, outscale=0.0)
@@ -1029,13 +910,10 @@ class Critic(nn.Module):
 
 def lambda_return(reward: torch.Tensor, value: torch.Tensor, discount: torch.Tensor, lam: Any) -> torch.Tensor:
     """λ-returns (B, T - 1) of steps 0 … T-2 from (B, T) tensors; `lam` a number or a tensor (paper, eq. 7).
-
     Everything about the step from t to t+1 is read at t+1: its reward, its discount (0 if terminal), its λ and value.
     """
-    lam = torch.as_tensor(lam, device=value.device).expand_as(value)
     # Rₜ = rₜ₊₁ + γₜ₊₁ · ((1 − λₜ₊₁) · Vₜ₊₁ + λₜ₊₁ · Rₜ₊₁),   R_{T-1} = V_{T-1}
-    interim = (reward + discount * (1 - lam) * value).unbind(1)
-    decay = (discount * lam).unbind(1)
+    interim, decay = (reward + discount * (1 - lam) * value).unbind(1), (discount * lam).unbind(1)
     returns = [value[:, -1]]
     for t in reversed(range(1, value.shape[1])):
         returns.append(interim[t] + decay[t] * returns[-1])
@@ -1045,7 +923,6 @@ def lambda_return(reward: torch.Tensor, value: torch.Tensor, discount: torch.Ten
 class ReturnNormalizer(nn.Module):
     """Scale of the returns: a moving range between their 5th and 95th percentile, and never less than 1, so that large
     returns are scaled down but small ones, noise perhaps, are not blown up."""
-
     def __init__(self, rate: float = 0.01):
         super().__init__()
         self.rate = rate
@@ -1061,32 +938,25 @@ class ReturnNormalizer(nn.Module):
 
 class LaProp(torch.optim.Optimizer):
     """LaProp (arXiv 2002.04839) with adaptive gradient clipping (arXiv 2102.06171) and linear warm-up.
-
-    Unlike Adam it normalises first and averages after: momentum is a mean of steps of the same size.
-    """
-
-    def __init__(self, params: Any, lr: float = 4e-5, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-20,
-                 agc: float = 0.3, pmin: float = 1e-3, warmup: int = 1000):
+    Unlike Adam it normalises first and averages after: momentum is a mean of steps of the same size."""
+    def __init__(self, params, lr=4e-5, betas=(0.9, 0.999), eps=1e-20, agc=0.3, pmin=1e-3, warmup=1000):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, agc=agc, pmin=pmin, warmup=warmup))
         for group in self.param_groups:
             group["updates"] = torch.zeros((), device=group["params"][0].device)
-            for p in group["params"]:
-                self.state[p] = {"m": torch.zeros_like(p), "v": torch.zeros_like(p)}
+            self.state |= {p: {"m": torch.zeros_like(p), "v": torch.zeros_like(p)} for p in group["params"]}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> dict[str, torch.Tensor]:
         """Updates every parameter that has a gradient; returns global norms of gradient and update."""
-        metrics = {}
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             grads, (beta1, beta2), t = [p.grad for p in params], group["betas"], group["updates"]
             m, v = ([self.state[p][name] for p in params] for name in "mv")
-            norms = torch._foreach_norm(grads)
-            metrics["grad_norm"] = torch.stack(norms).norm()
             # g ← g / max(1, ‖g‖ / (agc · max(pmin, ‖p‖))), tensor by tensor
-            limits = torch._foreach_mul(torch._foreach_maximum(torch._foreach_norm(params), group["pmin"]), group["agc"])
-            clip = torch._foreach_maximum(torch._foreach_div(norms, limits), 1.0)
-            grads = torch._foreach_div(grads, clip)
+            norms = torch._foreach_norm(grads)
+            limits = torch._foreach_maximum(torch._foreach_norm(params), group["pmin"])
+            torch._foreach_mul_(limits, group["agc"])
+            grads = torch._foreach_div(grads, torch._foreach_maximum(torch._foreach_div(norms, limits), 1.0))
             lr = group["lr"] * (t / group["warmup"]).clamp(max=1) if group["warmup"] else group["lr"]  # first one is 0
             t += 1
             # v ← β₂·v + (1−β₂)·g²;  u = g / (√(v / (1−β₂ᵗ)) + ε)
@@ -1099,75 +969,65 @@ class LaProp(torch.optim.Optimizer):
             torch._foreach_lerp_(m, grads, 1 - beta1)
             update = torch._foreach_mul(m, lr / (1 - beta1**t))
             torch._foreach_sub_(params, update)
-            metrics["update_norm"] = torch.stack(torch._foreach_norm(update)).norm()
-        return metrics
+        moves = torch._foreach_norm(update)
+        return {"grad_norm": torch.stack(norms).norm(), "update_norm": torch.stack(moves).norm()}
 
 
 # ------------------------------------------------------------------------------------------------------------ the agent
 
-
 class Dreamer(nn.Module):
-    """The agent: `act` on observations, `update` on batches of a ReplayBuffer, `state_dict` for all that learning needs.
-
+    """The agent: `act` on observations, `update` on batches of a ReplayBuffer, `state_dict` for what learning needs.
     Spaces are those of ONE environment, observations and actions batches of them. Raises InputError for spaces that
-    cannot be used. See README for ten lines of use without this file's training loop.
-    """
-
+    cannot be used. See README for ten lines of use without this file's training loop."""
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args):
         super().__init__()
         args.check()
-        self.args, size = args, SIZES[args.size]
+        self.args, self.size = args, SIZES[args.size]
         self.observations = ObservationCodec(observation_space, args.image_size)
         self.actions = ActionCodec(action_space)
         self.device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
         low = args.precision == "bfloat16" or (args.precision == "auto" and self.device.type == "cuda")
         self.compute_dtype = torch.bfloat16 if low else torch.float32
-        feat = size.deter + size.latents * size.classes
-        self.wm = WorldModel(self.observations.leaves, self.actions.size, size)
-        self.actor = Actor(feat, self.actions.heads, size.units)
-        self.critic, self.slow_critic = Critic(feat, size.units), Critic(feat, size.units)
+        feat, units = self.size.deter + self.size.latents * self.size.classes, self.size.units
+        self.wm = WorldModel(self.observations.leaves, self.actions.size, self.size)
+        self.actor = Actor(feat, self.actions.heads, units)
+        self.critic, self.slow_critic = Critic(feat, units), Critic(feat, units).requires_grad_(False)
         self.slow_critic.load_state_dict(self.critic.state_dict())
-        self.slow_critic.requires_grad_(False)
         self.retnorm = ReturnNormalizer()
         self.to(self.device)
-        self.optimizer = LaProp([p for p in self.parameters() if p.requires_grad], args.learning_rate, agc=args.agc,
-                                warmup=args.warmup)
+        learned = [p for p in self.parameters() if p.requires_grad]
+        self.optimizer = LaProp(learned, args.learning_rate, agc=args.agc, warmup=args.warmup)
         # acting has noise of its own: playing an evaluation does not change what is learned
         self.act_rng, self.learn_rng = (torch.Generator(self.device).manual_seed(args.seed + i) for i in (0, 1))
 
     def replay_specs(self) -> dict[str, tuple]:
         """Rows for a ReplayBuffer: name → (shape, dtype) of what act and the environment yield at one step."""
-        size = SIZES[self.args.size]
-        return {**{f"obs/{k}": (leaf.shape, leaf.dtype) for k, leaf in self.observations.leaves.items()},
+        dtypes = {"image": torch.uint8, "vector": torch.float32, "discrete": torch.int64}
+        return {**{f"obs/{k}": (leaf.shape, dtypes[leaf.kind]) for k, leaf in self.observations.leaves.items()},
                 "action": ((self.actions.size,), torch.float32), "reward": ((), torch.float32),
-                "is_first": ((), torch.bool), "is_last": ((), torch.bool), "is_terminal": ((), torch.bool),
-                "deter": ((size.deter,), torch.bfloat16), "stoch": ((size.latents,), torch.uint8)}
+                **{k: ((), torch.bool) for k in ("is_first", "is_last", "is_terminal")},
+                "deter": ((self.size.deter,), torch.bfloat16), "stoch": ((self.size.latents,), torch.uint8)}
 
     @torch.no_grad()
-    def act(self, obs: Any, state: dict[str, Any] | None, is_first: np.ndarray,
-            deterministic: bool = False) -> tuple[Any, dict[str, Any]]:
+    def act(self, obs: Any, state: dict[str, Any] | None, is_first: np.ndarray, deterministic: bool = False):
         """Chooses actions for a batch of observations.
-
         obs: batch (N, …) as a vector environment returns it; state: what the last call returned, None at the start;
         is_first: (N,) bool, where an episode begins. Returns actions for the environment and the new state. The state
-        also is the agent's part of a replay step: obs/…, action, deter and stoch, see `replay_specs`.
-        """
-        encoded = self.observations(obs)
-        tensors = {k: torch.as_tensor(x).to(self.device, non_blocking=True)[:, None] for k, x in encoded.items()}
-        n = len(is_first)
+        also is the agent's part of a replay step: obs/…, action, deter and stoch, see `replay_specs`."""
+        encoded, n = self.observations(obs), len(is_first)
+        tokens = self.wm.encode({k: torch.as_tensor(x).to(self.device)[:, None] for k, x in encoded.items()})
         if state is None:
             deter, stoch = self.wm.rssm.initial(n, self.device)
             state = {"deter": deter, "onehot": stoch, "action": torch.zeros(n, self.actions.size, device=self.device)}
-        noise = self.noise(self.act_rng, (n, 1, SIZES[self.args.size].latents), (n, self.actions.noise))
+        noise = self.noise(self.act_rng, (n, 1, self.size.latents), (n, self.actions.noise))
         z_noise, a_noise = (None, None) if deterministic else noise
         first = torch.as_tensor(is_first, dtype=torch.bool).to(self.device)[:, None]
-        deter, stoch, _ = self.wm.rssm.observe(state["deter"], state["onehot"], self.wm.encode(tensors),
-                                               state["action"][:, None], first, z_noise)
-        deter, stoch = deter[:, 0], stoch[:, 0]
+        inputs = state["deter"], state["onehot"], tokens, state["action"][:, None], first, z_noise
+        deter, stoch = (x[:, 0] for x in self.wm.rssm.observe(*inputs)[:2])
         action = self.actor(features(deter, stoch)).sample(a_noise)
-        state = {"deter": deter, "onehot": stoch, "stoch": stoch.argmax(-1), "action": action,
-                 **{f"obs/{k}": x for k, x in encoded.items()}}
-        return self.actions.decode(action.cpu().numpy()), state
+        return self.actions.decode(action.cpu().numpy()), {
+            "deter": deter, "onehot": stoch, "stoch": stoch.argmax(-1), "action": action,
+            **{f"obs/{k}": x for k, x in encoded.items()}}
 
     def noise(self, rng: torch.Generator, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
         return [torch.rand(shape, generator=rng, device=self.device) for shape in shapes]
@@ -1175,28 +1035,27 @@ class Dreamer(nn.Module):
     def prepare(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Lays a sampled batch (B, T + 1, …) out for learning: T steps with the actions before them, and the carry."""
         x = {k: v.to(self.device, non_blocking=True) for k, v in batch.items() if k not in ("env", "row")}
-        onehot = F.one_hot(x["stoch"][:, 0].long(), SIZES[self.args.size].classes).float()
+        onehot = F.one_hot(x["stoch"][:, 0].long(), self.size.classes).float()
         return {"obs": {k[4:]: v[:, 1:] for k, v in x.items() if k.startswith("obs/")},
                 "prev_action": x["action"][:, :-1], "carry": (x["deter"][:, 0].float(), onehot),
                 **{k: x[k][:, 1:] for k in ("reward", "is_first", "is_last", "is_terminal")}}
 
     def update(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """One optimizer step on a batch of ReplayBuffer.sample: losses and diagnostics as 0-d tensors on the device.
-
-        "deter" and "stoch" of `batch` then hold the fresh latents (B, T, …), for ReplayBuffer.write_back.
-        """
-        data, (b, t), h = self.prepare(batch), batch["reward"][:, 1:].shape, self.args.imagination_horizon
-        latents = SIZES[self.args.size].latents
-        noise = self.noise(self.learn_rng, (b, t, latents), (b * t, h, latents), (b * t, h + 1, self.actions.noise))
+        "deter" and "stoch" of `batch` then hold the fresh latents (B, T, …), for ReplayBuffer.write_back."""
+        data, (b, t) = self.prepare(batch), batch["reward"][:, 1:].shape
+        h, s = self.args.imagination_horizon, self.size.latents
+        noise = self.noise(self.learn_rng, (b, t, s), (b * t, h, s), (b * t, h + 1, self.actions.noise))
         loss, metrics, (batch["deter"], batch["stoch"]) = self.loss(data, noise)
         self.optimizer.zero_grad()
         loss.backward()
-        metrics |= self.optimizer.step()
-        torch._foreach_lerp_(list(self.slow_critic.parameters()), list(self.critic.parameters()), self.args.tau)
+        metrics |= {f"diagnostics/{k}": x for k, x in self.optimizer.step().items()}
+        with torch.no_grad():  # or the slow critic would become part of an autograd graph that grows with every update
+            torch._foreach_lerp_(list(self.slow_critic.parameters()), list(self.critic.parameters()), self.args.tau)
         return metrics
 
     def loss(self, data: dict[str, Any], noise: list[torch.Tensor] | tuple[None, None, None]):
-        """forward() in the number format of the computation: all weights are cast once, gradients reach the originals."""
+        """forward() in the number format of the computation: weights are cast once, gradients reach the originals."""
         if self.compute_dtype == torch.float32:
             return self(data, noise)
         low = {k: p.to(self.compute_dtype) for k, p in self.named_parameters()}
@@ -1204,64 +1063,57 @@ class Dreamer(nn.Module):
 
     def forward(self, data: dict[str, Any], noise: list[torch.Tensor] | tuple[None, None, None]):
         """The whole objective. noise: uniform numbers for posterior, dreams and actions, or Nones for modes.
-
-        Returns the loss (), metrics (0-d tensors, no gradient) and the posterior (deter, class indices).
-        """
+        Returns the loss (), metrics (0-d tensors, no gradient) and the posterior (deter, class indices)."""
         args = self.args
         losses, (deter, stoch, _), metrics = self.wm.loss(data, noise[0], args.gamma, args.free_nats)
         imag_losses, returns, imag_metrics = self.imagination_loss(deter.flatten(0, 1), stoch.flatten(0, 1), *noise[1:])
         losses |= {k: x.mean(1).unflatten(0, deter.shape[:2]) for k, x in imag_losses.items()}
         losses["repval"] = self.replay_value_loss(data, features(deter, stoch), returns[:, 0].view(deter.shape[:2]))
-        scales = dict(rec=1.0, rew=1.0, con=1.0, dyn=args.dyn_scale, rep=args.rep_scale, policy=1.0, value=1.0,
+        scales = dict(dyn=args.dyn_scale, rep=args.rep_scale, rec=1, rew=1, con=1, policy=1, value=1,
                       repval=args.repval_scale)
         assert losses.keys() == scales.keys(), (losses.keys(), scales.keys())
         loss = sum(scales[k] * x.mean() for k, x in losses.items())
-        metrics = {f"losses/{k}": x.mean().detach() for k, x in losses.items()} | {
-            f"diagnostics/{k}": x.detach() for k, x in (metrics | imag_metrics).items()}
-        metrics["losses/total"] = loss.detach()
-        metrics["diagnostics/real_reward"] = data["reward"].mean()
-        return loss, metrics, (deter.detach(), stoch.detach().argmax(-1))
+        metrics |= imag_metrics | {"real_reward": data["reward"].mean()}
+        report = {f"losses/{k}": x.mean().detach() for k, x in (losses | {"total": loss}).items()}
+        report |= {f"diagnostics/{k}": x.detach().clone() for k, x in metrics.items()}
+        return loss, report, (deter.detach(), stoch.detach().argmax(-1))
 
     def imagination_loss(self, deter: torch.Tensor, stoch: torch.Tensor, z_noise: Any, a_noise: Any):
-        """Dreams from every state (N, …) and returns the actor's and critic's losses (N, H), the λ-returns and metrics."""
-        args = self.args
-        with torch.no_grad():  # REINFORCE needs no gradient through the dream
-            def policy(h: torch.Tensor, z: torch.Tensor, t: int) -> torch.Tensor:
-                return self.actor(features(h, z)).sample(None if a_noise is None else a_noise[:, t])
+        """Dreams from every state (N, …); returns the actor's and critic's losses (N, H), the λ-returns and metrics."""
+        def policy(h, z, t) -> torch.Tensor:
+            return self.actor(features(h, z)).sample(None if a_noise is None else a_noise[:, t])
 
-            deter, stoch, action = self.wm.rssm.imagine(deter, stoch, policy, args.imagination_horizon, z_noise)
+        with torch.no_grad():  # REINFORCE needs no gradient through the dream
+            horizon = self.args.imagination_horizon
+            deter, stoch, action = self.wm.rssm.imagine(deter, stoch, policy, horizon, z_noise)
             feat = features(deter, stoch)  # (N, H + 1, F)
             reward = SymexpTwoHot(self.wm.reward(feat)).pred()
             cont = self.wm.cont(feat)[..., 0].float().sigmoid()
             slow_value = self.slow_critic(feat).pred()
-            weight = cont.cumprod(1)[:, :-1]  # how likely the dream still goes on; at the start, whether x was terminal
-        critic = self.critic(feat)
-        value = critic.pred().detach()
-        returns = lambda_return(reward, value, cont, args.return_lambda)  # (N, H)
+            weight = cont.cumprod(1)  # how likely the dream still goes on; at the start, whether x was terminal
+        critic, dist = self.critic(feat), self.actor(feat[:, :-1])
+        value, entropy = critic.pred().detach(), dist.entropy()
+        returns = lambda_return(reward, value, cont, self.args.return_lambda)  # (N, H)
         scale = self.retnorm(returns)
         advantage = (returns - value[:, :-1]) / scale
-        dist = self.actor(feat[:, :-1])
-        entropy = dist.entropy()
         first = SymexpTwoHot(critic.logits[:, :-1])
         losses = {
             # −w · (sg(A) · ln π(a) + η · H[π])
-            "policy": -weight * (dist.log_prob(action) * advantage + args.ent_coef * entropy),
+            "policy": -weight[:, :-1] * (dist.log_prob(action) * advantage + self.args.ent_coef * entropy),
             # −w · (ln p(sg(R)) + ln p(sg(V_slow)))
-            "value": weight * (first.loss(returns) + first.loss(slow_value[:, :-1])),
+            "value": weight[:, :-1] * (first.loss(returns) + first.loss(slow_value[:, :-1])),
         }
-        normed = (returns - self.retnorm.range[0]) / scale
         low, high = self.retnorm.range
-        metrics = dict(
-            adv=advantage.mean(), adv_std=advantage.std(correction=0), adv_mag=advantage.abs().mean(), rew=reward.mean(),
-            con=cont.mean(), ret=normed.mean(), val=value.mean(), tar=returns.mean(), weight=cont.cumprod(1).mean(),
-            slowval=slow_value.mean(), ret_min=normed.min(), ret_max=normed.max(),
-            ret_rate=(normed.abs() >= 1).float().mean(), policy_entropy=entropy.mean(), ret_low=low, ret_high=high,
-        )
-        return losses, returns, {k: x.clone() for k, x in metrics.items()}
+        normed = (returns - low) / scale
+        means = dict(adv=advantage, adv_mag=advantage.abs(), rew=reward, con=cont, ret=normed, val=value, tar=returns,
+                     weight=weight, slowval=slow_value, ret_rate=(normed.abs() >= 1).float(), policy_entropy=entropy)
+        metrics = {k: x.mean() for k, x in means.items()} | dict(
+            adv_std=advantage.std(correction=0), ret_min=normed.min(), ret_max=normed.max(), ret_low=low, ret_high=high)
+        return losses, returns, metrics
 
     def replay_value_loss(self, data: dict[str, Any], feat: torch.Tensor, bootstrap: torch.Tensor) -> torch.Tensor:
-        """Critic loss (B, T - 1) on real rewards, with gradient into the world model. bootstrap (B, T): the return of the
-        dream that began at each step stands for its value."""
+        """Critic loss (B, T - 1) on real rewards, with gradient into the world model. bootstrap (B, T): the return of
+        the dream that began at each step stands for its value."""
         discount = (~data["is_terminal"]).float() * self.args.gamma
         lam = (~data["is_last"]).float() * self.args.return_lambda  # what follows an episode's end is another's
         returns = lambda_return(data["reward"], bootstrap, discount, lam)
@@ -1277,22 +1129,20 @@ class Dreamer(nn.Module):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
-        self.act_rng.set_state(state["act_rng"].cpu())
-        self.learn_rng.set_state(state["learn_rng"].cpu())
+        for name in ("act_rng", "learn_rng"):
+            getattr(self, name).set_state(state[name].cpu())
 
 
 # --------------------------------------------------------------------------------- evaluation, pictures and checkpoints
 
-
 def evaluate(agent: Dreamer, args: Args, episodes: int, run_name: str = "eval", deterministic: bool = False,
              capture_video: bool = False, max_steps: int = 27_000) -> list[float]:
     """Returns (undiscounted sums of reward) of `episodes` episodes, played at once in as many environments: each gives
-    its first, so that short episodes are not favoured. An episode of over `max_steps` steps counts as far as it went."""
-    envs = make_vector_env(args, episodes, run_name, capture_video)
-    try:
+    its first, so that short episodes are not favoured. An episode longer than `max_steps` counts as far as that."""
+    state, is_first = None, np.ones(episodes, bool)
+    returns, running = np.zeros(episodes), np.ones(episodes, bool)
+    with contextlib.closing(make_vector_env(args, episodes, run_name, capture_video)) as envs:
         obs, _ = envs.reset(seed=args.seed + 10_000)
-        state, is_first = None, np.ones(episodes, bool)
-        returns, running = np.zeros(episodes), np.ones(episodes, bool)
         for _ in range(max_steps):
             action, state = agent.act(obs, state, is_first, deterministic)
             obs, reward, terminated, truncated, _ = envs.step(action)
@@ -1301,8 +1151,6 @@ def evaluate(agent: Dreamer, args: Args, episodes: int, run_name: str = "eval", 
             running &= ~is_first
             if not running.any():
                 break
-    finally:
-        envs.close()
     return returns.tolist()
 
 
@@ -1311,36 +1159,36 @@ def draw_dreams(agent: Dreamer, buffer: ReplayBuffer, context: int = 5, sequence
     is green while the model sees, red while it dreams), or for vectors PNG curves (black: true, orange: model)."""
     from PIL import Image, ImageDraw
 
-    def encode(frames: list[Image.Image], format: str) -> bytes:
-        out = io.BytesIO()
-        frames[0].save(out, format, **(dict(save_all=True, append_images=frames[1:], duration=100, loop=0)
-                                       if format == "GIF" else {}))
+    def encode(image: Image.Image, *later: Image.Image) -> bytes:
+        animation = dict(save_all=True, append_images=later, duration=100, loop=0) if later else {}
+        image.save(out := io.BytesIO(), "GIF" if later else "PNG", **animation)
         return out.getvalue()
 
     data, pictures = agent.prepare(buffer.sample(sequences, online=False)), {}
     length = data["reward"].shape[1]
     context = min(context, length - 1)
-    noise, = agent.noise(agent.act_rng, (sequences, length, SIZES[agent.args.size].latents))
+    noise, = agent.noise(agent.act_rng, (sequences, length, agent.size.latents))
     for key, model in agent.wm.dream(data, context, noise).items():
-        true = data["obs"][key].float().cpu()
-        if agent.observations.leaves[key].kind == "image":
-            true, model, side = true / 255, model.cpu(), true.shape[2]
+        true, model, kind = data["obs"][key].float().cpu(), model.cpu(), agent.observations.leaves[key].kind
+        if kind == "image":
+            true, side = true / 255, true.shape[2]
             rows = torch.cat([true, model, (model - true + 1) / 2], 2)  # (B, T, 3H, W, C)
             video = (rows.permute(1, 2, 0, 3, 4).flatten(2, 3) * 255).byte()  # (T, 3H, B·W, C)
-            video = video[..., :3] if video.shape[-1] >= 3 else video[..., :1].expand(-1, -1, -1, 3).clone()
+            video = video[..., :3] if video.shape[-1] >= 3 else video[..., :1].repeat(1, 1, 1, 3)
             video[:context, side : side + 2] = torch.tensor([0, 200, 0], dtype=torch.uint8)
             video[context:, side : side + 2] = torch.tensor([200, 0, 0], dtype=torch.uint8)
-            pictures[key] = encode([Image.fromarray(frame.numpy()) for frame in video], "GIF")
-        elif agent.observations.leaves[key].kind == "vector":
-            curves = torch.stack([symlog(true[0]), model[0].cpu()])[..., :6]  # (2, T, n): components of one sequence
-            picture = Image.new("RGB", (400, 80 * curves.shape[-1]), "white")
+            pictures[key] = encode(*[Image.fromarray(frame.numpy()) for frame in video])
+        elif kind == "vector":
+            curves = torch.stack([symlog(true[0]), model[0]])[..., :6]  # (2, T, n): components of one sequence
+            low, high, (n, x) = curves.amin((0, 1)), curves.amax((0, 1)), (curves.shape[-1], 400 / length)
+            curves = 75 - 70 * (curves - low) / (high - low).clamp(min=1e-6) + 80 * torch.arange(n)  # from the top
+            picture = Image.new("RGB", (400, 80 * n), "white")
             draw = ImageDraw.Draw(picture)
-            for i, (low, high) in enumerate(zip(curves.amin((0, 1)).tolist(), curves.amax((0, 1)).tolist())):
-                draw.line([(400 * context / length, 80 * i), (400 * context / length, 80 * i + 79)], "gray")
-                for curve, color in zip(curves[..., i].tolist(), ("black", "darkorange")):
-                    draw.line([(400 * t / length, 80 * i + 75 - 70 * (y - low) / max(high - low, 1e-6))
-                               for t, y in enumerate(curve)], color, 2)
-            pictures[key] = encode([picture], "PNG")
+            draw.line([(x * context, 0), (x * context, 80 * n)], "gray")
+            for color, lines in zip(("black", "darkorange"), curves.transpose(1, 2).tolist()):
+                for line in lines:
+                    draw.line([(x * t, y) for t, y in enumerate(line)], color, 2)
+            pictures[key] = encode(picture)
     return pictures
 
 
@@ -1349,11 +1197,10 @@ def save_dreams(agent: Dreamer, buffer: ReplayBuffer, writer: Any, run_dir: Path
     from PIL import Image
     from tensorboard.compat.proto.summary_pb2 import Summary
 
+    (run_dir / "dreams").mkdir(exist_ok=True)
     for key, picture in draw_dreams(agent, buffer).items():
         image = Image.open(io.BytesIO(picture))
-        path = run_dir / "dreams" / f"{key.replace('/', '-')}_{step:09d}.{image.format.lower()}"
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(picture)
+        (run_dir / "dreams" / f"{key.replace('/', '-')}_{step:09d}.{image.format.lower()}").write_bytes(picture)
         proto = Summary.Image(height=image.height, width=image.width, colorspace=3, encoded_image_string=picture)
         writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=f"dreams/{key}", image=proto)]), step)
 
@@ -1368,8 +1215,7 @@ def save_run(run_dir: Path, agent: Dreamer, buffer: ReplayBuffer, counters: dict
 
 def load_file(run_dir: str | Path, name: str = "agent.pt") -> dict[str, Any]:
     """What save_run wrote; raises InputError where there is none. Nothing but tensors and plain values is unpickled."""
-    path = Path(run_dir) / name
-    if not path.is_file():
+    if not (path := Path(run_dir) / name).is_file():
         raise InputError(f"{run_dir} holds no {name}: give the folder of a run that ended, was interrupted, or was "
                          "started with --checkpoint-every")
     return torch.load(path, map_location="cpu", weights_only=True)
@@ -1381,27 +1227,22 @@ def restore(agent: Dreamer, run_dir: str | Path) -> dict[str, Any]:
     try:
         agent.load_state_dict(saved["agent"])
     except (RuntimeError, ValueError) as error:
-        raise InputError(f"the agent in {run_dir} does not fit these arguments, resume it with its own env_id, size and "
-                         f"image_size: {str(error).splitlines()[-1].strip()}") from None
+        raise InputError(f"the agent in {run_dir} does not fit these arguments, resume it with its own env_id, size "
+                         f"and image_size: {str(error).splitlines()[-1].strip()}") from None
     return saved["counters"]
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Command line on top of the preset of its --env-id, or of the arguments of the run to --resume or --evaluate."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--env-id", "--env_id", default=Args.env_id)
-    early.add_argument("--pixels", action="store_true")
-    early.add_argument("--resume", default="")
-    early.add_argument("--evaluate", default="")
-    known, _ = early.parse_known_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    known = tyro.cli(Args, args=[flag for flag in argv if flag not in ("-h", "--help")], description=__doc__)
     run_dir = known.resume or known.evaluate
     default = Args(**load_file(run_dir)["args"]) if run_dir else Args.preset(known.env_id, known.pixels)
-    return tyro.cli(Args, args=argv, default=dataclasses.replace(default, resume="", evaluate=""), 
+    return tyro.cli(Args, args=argv, default=dataclasses.replace(default, resume="", evaluate=""),
                     description=__doc__[: __doc__.index("The algorithm")])
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
-
 
 def main(args: Args) -> dict[str, Any]:
     """Trains (or plays, with args.evaluate) and returns what summary.json holds. Raises InputError for bad input."""
@@ -1409,62 +1250,70 @@ def main(args: Args) -> dict[str, Any]:
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.backends.cudnn.deterministic = True
     torch.set_num_threads(args.threads or max(1, (os.cpu_count() or 2) // 2))
-    old_dir = Path(args.resume or args.evaluate) if args.resume or args.evaluate else None
-    run_name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_name = old_dir.name if old_dir else run_name
-    run_dir = old_dir or Path("runs") / run_name
-    if old_dir:
-        load_file(old_dir)  # fails before anything is made
+    name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.resume or args.evaluate or f"runs/{name}")
+    if args.resume or args.evaluate:
+        load_file(run_dir)  # fails before anything is made
 
-    envs = make_vector_env(args, 1 if args.evaluate else args.num_envs, run_name, args.capture_video and not args.evaluate)
-    envs = gym.wrappers.vector.RecordEpisodeStatistics(envs)
+    n, record = (1, False) if args.evaluate else (args.num_envs, args.capture_video)
+    envs = gym.wrappers.vector.RecordEpisodeStatistics(make_vector_env(args, n, run_dir.name, record))
     agent = Dreamer(envs.single_observation_space, envs.single_action_space, args)
-    counters = {"global_step": 0, "updates": 0, "seconds": 0.0}
+    counters = restore(agent, run_dir) if args.resume or args.evaluate else dict(global_step=0, updates=0, seconds=0.0)
     if args.evaluate:
-        restore(agent, old_dir)
-        returns = evaluate(agent, args, args.eval_episodes, run_name, args.deterministic, args.capture_video)
-        print(f"{run_dir}: return {np.mean(returns):.2f} ± {np.std(returns):.2f} over {len(returns)} episodes")
         envs.close()
+        returns = evaluate(agent, args, args.eval_episodes, run_dir.name, args.deterministic, args.capture_video)
+        print(f"{run_dir}: return {np.mean(returns):.2f} ± {np.std(returns):.2f} over {len(returns)} episodes")
         return {"eval_return_mean": np.mean(returns), "eval_return_std": np.std(returns), "eval_returns": returns}
-    capacity = min(args.buffer_size, max(args.total_timesteps, (args.batch_length + 1) * args.num_envs))
-    buffer = ReplayBuffer(capacity, args.num_envs, args.batch_length, agent.replay_specs(), args.seed)
+    capacity = min(args.buffer_size, max(args.total_timesteps, (args.batch_length + 1) * n))
+    buffer = ReplayBuffer(capacity, n, args.batch_length, agent.replay_specs(), args.seed)
     if args.resume:
-        counters = restore(agent, old_dir)
-        buffer.load_state_dict(load_file(old_dir, "replay.pt"))
+        buffer.load_state_dict(load_file(run_dir, "replay.pt"))
 
-    from torch.utils.tensorboard import SummaryWriter  # after everything that can complain, so that nothing is left over
+    from torch.utils.tensorboard import SummaryWriter  # after all that can complain, so that nothing is left over
     from tqdm import tqdm
     if args.track:
-        try:
+        with explain_failure("--track"):
             import wandb
-        except ImportError:
-            raise InputError("--track needs a package that is missing: pip install wandb") from None
         wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, config=vars(args),
-                   name=run_name, monitor_gym=True, save_code=True)
+                   name=run_dir.name, monitor_gym=True, save_code=True)
     run_dir.mkdir(parents=True, exist_ok=True)
     writer = SummaryWriter(str(run_dir))
-    table = "\n".join(f"|{k}|{v}|" for k, v in vars(args).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+    table = "".join(f"\n|{k}|{v}|" for k, v in vars(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|{table}")
     print(*(f"{k} = {v}" for k, v in vars(args).items()), sep="\n")
-    parameters = sum(p.numel() for p in agent.parameters() if p.requires_grad)
-    print(f"{run_dir}: {parameters:,} parameters on {agent.device}; replay of {capacity:,} steps, "
-          f"{buffer.bytes_per_step:,} bytes each, {capacity * buffer.bytes_per_step / 2**30:.2f} GiB when full")
-
+    print(f"{run_dir}: {sum(p.numel() for p in agent.parameters() if p.requires_grad):,} parameters on {agent.device}; "
+          f"replay of {capacity:,} steps, {buffer.bytes_per_step:,} bytes each, "
+          f"{capacity * buffer.bytes_per_step / 2**30:.2f} GiB when full")
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's way to say Ctrl-C
-    episodes, eval_returns, interrupted, healthy, metrics = [], [], False, True, {}
-    step, updates, start, credit = counters["global_step"], counters["updates"], time.time(), 0.0
-    first_step, first_updates, before = step, updates, counters["seconds"]
+
+    first_step, first_updates, credit, start = counters["global_step"], counters["updates"], 0.0, time.time()
+    step, updates = first_step, first_updates
+    episodes, eval_returns, interrupted, metrics, state = [], [], False, {}, None
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=None, smoothing=0.05)
+    no = np.zeros(n, bool)
+    arrived = dict(reward=np.zeros(n), is_first=~no, is_last=no, is_terminal=no)
 
     def due(every: int) -> bool:  # did the last step of all environments cross a multiple of `every`?
-        return every > 0 and step // every > (step - args.num_envs) // every
+        return every > 0 and step // every > (step - n) // every
 
-    n = args.num_envs
-    state, arrived = None, dict(reward=np.zeros(n), is_first=np.ones(n, bool), is_last=np.zeros(n, bool),
-                                is_terminal=np.zeros(n, bool))
+    def log(values: dict[str, Any]) -> None:
+        for tag, value in values.items():
+            writer.add_scalar(tag, float(value), step)
+
+    def play() -> list[float]:
+        returns = evaluate(agent, args, args.eval_episodes, run_dir.name, args.deterministic)
+        log({"eval/episodic_return": np.mean(returns)})
+        tqdm.write(f"global_step={step}, eval_return={np.mean(returns):.2f} ± {np.std(returns):.2f}")
+        return returns
+
+    def progress() -> dict[str, Any]:
+        seconds = time.time() - start  # of this part of the run; speeds are of it alone
+        return {"global_step": step, "updates": updates, "seconds": counters["seconds"] + seconds,
+                "sps": (step - first_step) / seconds, "updates_per_second": (updates - first_updates) / seconds}
+
     try:
         obs, _ = envs.reset(seed=args.seed + step)
         while step < args.total_timesteps:
@@ -1474,11 +1323,12 @@ def main(args: Args) -> dict[str, Any]:
             buffer.add({k: arrived[k] if k in arrived else state[k] for k in buffer.data})
             # 3. step
             obs, reward, terminated, truncated, info = envs.step(action)
-            arrived = dict(reward=reward, is_first=arrived["is_last"], is_last=terminated | truncated, is_terminal=terminated)
+            is_last = terminated | truncated
+            arrived = dict(reward=reward, is_first=arrived["is_last"], is_last=is_last, is_terminal=terminated)
             step += n
             if not np.isfinite(reward).all():
-                raise InputError(f"reward {reward[~np.isfinite(reward)][0]} at step {step}: make the environment return "
-                                 "finite rewards, for example with gymnasium.wrappers.TransformReward")
+                raise InputError(f"reward {reward[~np.isfinite(reward)][0]} at step {step}: make the environment "
+                                 "return finite rewards, for example with gymnasium.wrappers.TransformReward")
             # 4. update train_ratio / (B·T) times for every environment step
             if args.anneal_lr:
                 agent.optimizer.param_groups[0]["lr"] = args.learning_rate * max(0.0, 1 - step / args.total_timesteps)
@@ -1495,56 +1345,42 @@ def main(args: Args) -> dict[str, Any]:
             for i in np.flatnonzero(info.get("_episode", [])):
                 episodes.append(float(info["episode"]["r"][i]))
                 tqdm.write(f"global_step={step}, episodic_return={episodes[-1]:.2f}")
-                writer.add_scalar("charts/episodic_return", episodes[-1], step)
-                writer.add_scalar("charts/episodic_length", info["episode"]["l"][i], step)
-            if due(args.log_every) and updates > first_updates:
-                seconds = time.time() - start
-                values = {k: float(v) for k, v in metrics.items()} | {
-                    "charts/SPS": (step - first_step) / seconds, "charts/replay_size": len(buffer),
-                    "charts/updates_per_second": (updates - first_updates) / seconds,
-                    "charts/replay_bytes": len(buffer) * buffer.bytes_per_step}
-                for k, v in values.items():
-                    writer.add_scalar(k, v, step)
-                bar.set_postfix(updates_s=f"{values['charts/updates_per_second']:.1f}",
-                                returns=[round(r, 1) for r in episodes[-3:]])
-                if not np.isfinite(values["losses/total"]):
-                    healthy = False  # so these weights do not replace the ones saved before
-                    raise InputError(f"the loss became {values['losses/total']} at step {step}: lower --learning-rate, or "
-                                     "--resume from the last checkpoint")
-            if due(args.video_every) and updates > first_updates:
+                log({"charts/episodic_return": episodes[-1], "charts/episodic_length": info["episode"]["l"][i]})
+            if due(args.log_every) and metrics:
+                now = progress()
+                log({**metrics, "charts/SPS": now["sps"], "charts/updates_per_second": now["updates_per_second"],
+                     "charts/replay_size": len(buffer), "charts/replay_bytes": len(buffer) * buffer.bytes_per_step})
+                bar.set_postfix(updates_s=f"{now['updates_per_second']:.1f}", returns=np.round(episodes[-3:], 1))
+                if not np.isfinite(total := float(metrics["losses/total"])):
+                    raise InputError(f"the loss became {total} at step {step}: lower --learning-rate, or --resume from "
+                                     "the last checkpoint")
+            if due(args.video_every) and metrics:
                 save_dreams(agent, buffer, writer, run_dir, step)
             if due(args.eval_every):
-                eval_returns = evaluate(agent, args, args.eval_episodes, run_name, args.deterministic)
-                writer.add_scalar("eval/episodic_return", np.mean(eval_returns), step)
-                tqdm.write(f"global_step={step}, eval_return={np.mean(eval_returns):.2f}")
+                eval_returns = play()
             if due(args.checkpoint_every):
-                save_run(run_dir, agent, buffer, {"global_step": step, "updates": updates,
-                                                  "seconds": before + time.time() - start})
+                save_run(run_dir, agent, buffer, progress())
     except KeyboardInterrupt:
         interrupted = True
         tqdm.write("interrupted: saving")
     finally:
         bar.close()
-        seconds = time.time() - start
-        counters = {"global_step": step, "updates": updates, "seconds": before + seconds}
-        if args.save_model and healthy:
-            save_run(run_dir, agent, buffer, counters)
+        end = progress()
+        if args.save_model and np.isfinite(float(metrics.get("losses/total", 0))):  # never in place of healthy weights
+            save_run(run_dir, agent, buffer, end)
         envs.close(**({"terminate": True} if isinstance(envs.unwrapped, gym.vector.AsyncVectorEnv) else {}))
         if not interrupted and sys.exc_info()[0] is None:
-            eval_returns = evaluate(agent, args, args.eval_episodes, run_name, args.deterministic)
-            writer.add_scalar("eval/episodic_return", np.mean(eval_returns), step)
-        summary = counters | {
-            "sps": (step - first_step) / seconds, "updates_per_second": (updates - first_updates) / seconds,
-            "interrupted": interrupted, "train_returns": episodes[-20:],
-            "eval_return_mean": float(np.mean(eval_returns)) if eval_returns else None,
-            "eval_return_std": float(np.std(eval_returns)) if eval_returns else None, "eval_returns": eval_returns,
+            eval_returns = play()
+        mean, std = (float(f(eval_returns)) if eval_returns else None for f in (np.mean, np.std))
+        summary = end | {
+            "interrupted": interrupted, "train_returns": episodes[-20:], "eval_return_mean": mean,
+            "eval_return_std": std, "eval_returns": eval_returns, "args": vars(args),
             "device": torch.cuda.get_device_name() if agent.device.type == "cuda" else platform.processor() or "cpu",
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-                         "gymnasium": gym.__version__}, "args": vars(args)}
+            "versions": {"python": platform.python_version(), **{m.__name__: m.__version__ for m in (torch, np, gym)}}}
         (run_dir / "summary.json").write_text(json.dumps(summary, indent=2))
         writer.close()
-    result = f"evaluation return {np.mean(eval_returns):.2f} ± {np.std(eval_returns):.2f}" if eval_returns else "no evaluation"
-    print(f"{run_dir}: {step:,} steps, {updates:,} updates, {seconds:.0f} s, {result}")
+    result = f"evaluation return {mean:.2f} ± {std:.2f}" if eval_returns else "no evaluation"
+    print(f"{run_dir}: {step:,} steps, {updates:,} updates, {end['seconds']:.0f} s, {result}")
     return summary
 
 
