@@ -81,7 +81,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "box2d_pixels": dict(size="12m", num_envs=8, train_ratio=128, total_timesteps=500_000),  # ours
     "mujoco": dict(size="1m", num_envs=16, train_ratio=512, total_timesteps=1_000_000),  # ours, after dmc_vector
     "classic_control": dict(  # ours: minutes on two CPU cores
-        size="1m", num_envs=4, train_ratio=64, total_timesteps=6_000, batch_size=16, batch_length=16,
+        size="1m", num_envs=8, train_ratio=64, total_timesteps=4_000, batch_size=16, batch_length=16,
         imagination_horizon=10, learning_rate=1e-3, warmup=100, anneal_lr=True, gamma=0.99, ent_coef=0.01,
         rep_scale=0.003,  # angles of ±0.2 would not be worth 0.1 a nat to the encoder, and the policy lives by them
         video_every=2_500, eval_episodes=20,
@@ -1330,8 +1330,8 @@ def main(args: Args) -> dict[str, Any]:
                 raise InputError(f"reward {reward[~np.isfinite(reward)][0]} at step {step}: make the environment "
                                  "return finite rewards, for example with gymnasium.wrappers.TransformReward")
             # 4. update train_ratio / (B·T) times for every environment step
-            if args.anneal_lr:
-                agent.optimizer.param_groups[0]["lr"] = args.learning_rate * max(0.0, 1 - step / args.total_timesteps)
+            left = max(0.0, 1 - step / args.total_timesteps) if args.anneal_lr else 1.0
+            agent.optimizer.param_groups[0]["lr"] = args.learning_rate * left
             if len(buffer) >= max(args.batch_size * args.batch_length, n * buffer.window):
                 credit += n * args.train_ratio / (args.batch_size * args.batch_length)
             for _ in range(int(credit)):

@@ -23,7 +23,7 @@ from torch.distributions import Categorical, Independent, kl_divergence
 
 import dreamer as D
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny layers: a second thread costs twice the time, or more where cores are busy
 D.SIZES["tiny"] = TINY = D.Size(64, 16, 5, 2, 16, latents=6)
 slow = pytest.mark.skipif("RUN_SLOW" not in os.environ, reason="slow: set RUN_SLOW=1")
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -152,7 +152,8 @@ def official_names(agent):
     for i in range(4):
         conv([f"wm.encoder.{part}.{i}" for part in ("convs", "norms")], f"enc/cnn{i}", f"enc/cnn{i}norm")
         conv([f"wm.decoder.{part}.{i}" for part in ("convs", "norms")],
-             f"dec/{('conv2', 'conv1', 'conv0', 'imgout')[i]}", f"dec/{('spnorm', 'conv2norm', 'conv1norm', 'conv0norm')[i]}")
+             f"dec/{('conv2', 'conv1', 'conv0', 'imgout')[i]}",
+             f"dec/{('spnorm', 'conv2norm', 'conv1norm', 'conv0norm')[i]}")
     blocks("wm.rssm.hidden", "dyn/dynhid0")
     names["wm.rssm.hidden_norm.weight"] = ("dyn/dynhid0norm/scale", "")
     blocks("wm.rssm.gates", "dyn/dyngru")
@@ -166,8 +167,9 @@ def official_names(agent):
     blocks("wm.decoder.from_deter", "dec/sp0")
     layer("wm.decoder.from_stoch.0", "dec/sp1")
     linear("wm.decoder.from_stoch.1", "dec/sp2")
-    for ours, official, layers, outputs in (("wm.reward", "rew", 1, "logits"), ("wm.cont", "con", 1, "logit"),
-                                            ("critic.mlp", "val", 3, "logits"), ("slow_critic.mlp", "slowval", 3, "logits")):
+    heads = (("wm.reward", "rew", 1, "logits"), ("wm.cont", "con", 1, "logit"), ("critic.mlp", "val", 3, "logits"),
+             ("slow_critic.mlp", "slowval", 3, "logits"))
+    for ours, official, layers, outputs in heads:
         mlp(ours, official, layers)
         linear(f"{ours}.{layers}", f"{official}/head/{outputs}")
     mlp("actor.mlp", "pol", 3)
@@ -234,7 +236,8 @@ def test_losses_states_and_two_updates_are_those_of_the_official_code(case):
             close(agent.retnorm.range, range_of("out"), rtol=1e-4)
             for name in ("adv adv_std adv_mag rew con ret val tar weight slowval ret_min ret_max ret_rate").split():
                 close(metrics[f"diagnostics/{name}"], z[f"out/metrics/{name}"], rtol=1e-3, atol=1e-5)
-            for ours, name in (("prior_entropy", "dyn_ent"), ("posterior_entropy", "rep_ent"), ("policy_entropy", "ent/action")):
+            entropies = {"prior_entropy": "dyn_ent", "posterior_entropy": "rep_ent", "policy_entropy": "ent/action"}
+            for ours, name in entropies.items():
                 close(metrics[f"diagnostics/{ours}"], z[f"out/metrics/{name}"], rtol=1e-3)
         agent.optimizer.zero_grad()
         loss.backward()
@@ -346,7 +349,7 @@ def test_one_hot_samples_have_the_mixed_frequencies_and_a_straight_through_gradi
     close(sample.sort(-1).values, torch.tensor([0.0, 0, 0, 0, 1]).expand(n, 3, 5), atol=1e-6)
     equal(dist.sample(None).argmax(-1), reference.probs.argmax(-1))
     equal(dist.sample(torch.zeros(3)).argmax(-1), torch.zeros(3).long())
-    equal(dist.sample(torch.full((3,), 1 - 2**-24)).argmax(-1), torch.full((3,), 4))  # rounding must not fall off the end
+    equal(dist.sample(torch.full((3,), 1 - 2**-24)).argmax(-1), torch.full((3,), 4))  # rounding stays inside
     weights = torch.randn(3, 5)
     close(*(torch.autograd.grad((weights * x).sum(), logits)[0] for x in (dist.sample(torch.rand(3)), reference.probs)))
     index = torch.tensor([0, 4, 2])
@@ -376,19 +379,19 @@ def test_an_action_distribution_samples_every_head_with_noise_of_its_own_and_sum
     dist, x, uniform = agent.actor(feat), agent.actor.mlp(feat), torch.rand(5, agent.actions.noise)
     out = [[layer(x) for layer in layers] for layers in agent.actor.outputs]
     c = out[2][0].split([2, 4], -1)
-    references = [Categorical(logits=out[0][0]), torch.distributions.Normal(out[1][0].tanh(), 0.9 * (out[1][1] + 2).sigmoid() + 0.1),
-                  Categorical(logits=c[0]), Categorical(logits=c[1])]
+    normal = torch.distributions.Normal(out[1][0].tanh(), 0.9 * (out[1][1] + 2).sigmoid() + 0.1)
+    references = [Categorical(logits=out[0][0]), normal, Categorical(logits=c[0]), Categorical(logits=c[1])]
     action = dist.sample(uniform)
     choice, (a, b, *cs) = lambda x: x.argmax(-1), action.split([3, 2, 2, 4], -1)
     close(b, references[1].icdf(uniform[:, 1:3]), rtol=1e-4, atol=1e-5)
-    for onehot, reference, u in zip((a, *cs), (references[0], *references[2:]), (uniform[:, 0], uniform[:, 3], uniform[:, 4])):
+    for onehot, reference, u in zip((a, *cs), (references[0], *references[2:]), uniform[:, [0, 3, 4]].unbind(1)):
         equal(choice(onehot), (reference.probs.cumsum(-1) < u[:, None]).sum(-1))
     terms = [references[0].log_prob(choice(a)), references[1].log_prob(b).sum(-1)]
     close(dist.log_prob(action), sum(terms) + sum(r.log_prob(choice(x)) for r, x in zip(references[2:], cs)), atol=1e-5)
     close(dist.entropy(), sum(r.entropy().reshape(5, -1).sum(-1) for r in references), atol=1e-5)
 
 
-# --------------------------------------------------------------------------------------------------------------- returns
+# -------------------------------------------------------------------------------------------------------------- returns
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.5, 0.95, 1.0])
@@ -410,7 +413,8 @@ def test_lambda_return_is_the_mixture_of_all_n_step_returns(lam):
 
 def test_nothing_after_a_terminal_or_truncated_step_enters_the_return_of_the_steps_before():
     torch.manual_seed(0)
-    reward, value, discount, lam = torch.randn(1, 6), torch.randn(1, 6), torch.full((1, 6), 0.9), torch.full((1, 6), 0.95)
+    reward, value = torch.randn(1, 6), torch.randn(1, 6)
+    discount, lam = torch.full((1, 6), 0.9), torch.full((1, 6), 0.95)
     lam[0, 3] = 0  # step 3 ends an episode by time limit: its value counts, what follows does not
     truncated = D.lambda_return(reward, value, discount, lam)
     close(truncated[0, 2], reward[0, 3] + 0.9 * value[0, 3])
@@ -431,7 +435,7 @@ def test_return_range_is_a_moving_average_of_numpy_percentiles():
 
 
 def test_actor_and_critic_losses_are_those_of_a_naive_loop_over_dreams():
-    agent = make_agent(perturb=0.3)
+    agent = make_agent(perturb=0.3, ent_coef=0.5)
     torch.manual_seed(3)
     n, h = 4, 5
     deter, stoch = torch.randn(n, 64).tanh(), F.one_hot(torch.randint(5, (n, 6)), 5).float()
@@ -458,7 +462,7 @@ def test_actor_and_critic_losses_are_those_of_a_naive_loop_over_dreams():
                 target = reward[t + 1] + cont[t + 1] * (0.05 * value[t + 1] + 0.95 * target)
                 weight = np.prod([float(c) for c in cont[: t + 1]])
                 critic, slow_mean = D.SymexpTwoHot(agent.critic.mlp(feats[t])), agent.slow_critic(feats[t]).pred()
-                expected = {"policy": -weight * (logps[t] * (target - value[t]) / (high - low) + 3e-4 * entropies[t]),
+                expected = {"policy": -weight * (logps[t] * (target - value[t]) / (high - low) + 0.5 * entropies[t]),
                             "value": weight * (critic.loss(target[None]) + critic.loss(slow_mean))}
                 scale = float(max(abs(v) for v in (*value, *reward))) + 1  # bins of ±4.8e8 cancel in these means
                 close(returns[i, t], target, rtol=1e-3, atol=1e-4 * scale)
@@ -486,7 +490,7 @@ def test_replay_value_loss_is_that_of_a_naive_loop_and_zero_where_an_episode_end
             close(loss[b, t], 0.0 if data["is_last"][b, t] else expected, rtol=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------------------- layers
+# --------------------------------------------------------------------------------------------------------------- layers
 
 
 def test_rms_norm_divides_by_the_root_mean_square_in_float32():
@@ -504,7 +508,8 @@ def test_block_linear_is_separate_linear_layers_on_each_block_and_the_shared_inp
     torch.manual_seed(0)
     layer, x, shared = D.BlockLinear(24, 16, 8, shared=5), torch.randn(7, 24), torch.randn(7, 5)
     layer.bias.data.normal_()
-    blocks = [torch.cat([x[:, 3 * g : 3 * g + 3], shared], 1) @ layer.weight[g] + layer.bias[2 * g : 2 * g + 2] for g in range(8)]
+    blocks = [torch.cat([own, shared], 1) @ weight + bias
+              for own, weight, bias in zip(x.split(3, 1), layer.weight, layer.bias.split(2))]
     close(layer(x, shared), torch.cat(blocks, 1))
     plain = D.BlockLinear(24, 16, 8)
     close(plain(x), x @ torch.block_diag(*plain.weight), atol=1e-5)
@@ -532,7 +537,8 @@ def test_every_size_has_the_published_number_of_parameters_for_images_and_18_act
     feat = dims.deter + dims.latents * dims.classes
     with torch.device("meta"):  # shapes without memory
         leaf = D.Leaf("image", (64, 64, 3))
-        modules = D.WorldModel({"obs": leaf}, 18, dims), D.Actor(feat, {"obs": ("discrete", (18,))}, dims.units), D.Critic(feat, dims.units)
+        modules = (D.WorldModel({"obs": leaf}, 18, dims), D.Actor(feat, {"obs": ("discrete", (18,))}, dims.units),
+                   D.Critic(feat, dims.units))
     count = sum(p.numel() for module in modules for p in module.parameters())
     assert round(count / 1e6, 2 if millions < 1 else 1) == millions, count
 
@@ -596,7 +602,8 @@ def test_the_recurrence_is_the_block_gru_of_the_specification():
     rssm, (deter, stoch, *_) = sequence()
     action = torch.rand(3, 3)
     layer = lambda net, x: F.silu(net[1].weight * (y := net[0](x)) / (y.square().mean(-1, keepdim=True) + 1e-4).sqrt())
-    inputs = torch.cat([layer(rssm.deter_in, deter), layer(rssm.stoch_in, stoch.flatten(1)), layer(rssm.action_in, action)], 1)
+    nets = (rssm.deter_in, deter), (rssm.stoch_in, stoch.flatten(1)), (rssm.action_in, action)
+    inputs = torch.cat([layer(net, x) for net, x in nets], 1)
     blocks = [torch.cat([deter[:, 8 * g : 8 * g + 8], inputs], 1) @ rssm.hidden.weight[g] for g in range(8)]
     x = torch.cat(blocks, 1)
     x = F.silu(x / (x.square().mean(-1, keepdim=True) + 1e-4).sqrt())
@@ -646,7 +653,8 @@ def test_a_dream_reconstructs_its_context_and_then_sees_no_observation():
 
 
 GRADIENTS = {  # loss: what it may move, through time and through the straight-through samples
-    "rec": "encoder core posterior decoder", "rew": "encoder core posterior reward", "con": "encoder core posterior cont",
+    "rec": "encoder core posterior decoder", "rew": "encoder core posterior reward",
+    "con": "encoder core posterior cont",
     "dyn": "encoder core posterior prior", "rep": "encoder core posterior", "policy": "actor", "value": "critic",
     "repval": "encoder core posterior critic",
 }
@@ -666,8 +674,8 @@ def test_each_loss_moves_its_modules_and_no_other(name):
                    cont=wm.cont, actor=agent.actor, critic=agent.critic, slow_critic=agent.slow_critic)
     modules["core"] = torch.nn.ModuleList([rssm.deter_in, rssm.stoch_in, rssm.action_in, rssm.hidden, rssm.gates])
     losses[name].mean().backward()
-    moved = {k for k, module in modules.items() if any(p.grad is not None and p.grad.any() for p in module.parameters())}
-    assert moved == set(GRADIENTS[name].split())
+    grads = {k: [p.grad for p in module.parameters() if p.grad is not None] for k, module in modules.items()}
+    assert {k for k, v in grads.items() if any(g.any() for g in v)} == set(GRADIENTS[name].split())
 
 
 def test_the_total_is_the_sum_of_the_mean_losses_times_their_scales():
@@ -682,7 +690,7 @@ def test_image_vector_and_discrete_reconstruction_losses_are_sums_over_their_ele
     space = Dict(camera=Box(0, 255, (48, 48, 3), np.uint8), speed=Box(-9, 9, (3,)), mode=MultiDiscrete([3, 4]))
     agent = make_agent(space)
     obs = agent.observations({"camera": np.random.randint(0, 256, (2, 48, 48, 3), np.uint8),
-                              "speed": np.array([[5.0, -2, 0], [1, 2, 3]], np.float32), "mode": np.array([[2, 3], [0, 1]])})
+                              "speed": np.float32([[5, -2, 0], [1, 2, 3]]), "mode": np.array([[2, 3], [0, 1]])})
     obs = {k: torch.from_numpy(x) for k, x in obs.items()}
     recon = agent.wm.decoder(torch.randn(2, 64), torch.rand(2, 6, 5))
     losses = agent.wm.decoder.loss(recon, obs)
@@ -698,7 +706,7 @@ def test_image_vector_and_discrete_reconstruction_losses_are_sums_over_their_ele
 
 def integers(capacity=60, envs=3, length=4, steps=0, seed=0):
     """A replay whose rows say where they come from: step t of environment e holds (e, t), its latent 1000·e + t."""
-    specs = {"env_id": ((), torch.int64), "t": ((), torch.int64), "stoch": ((2,), torch.int64), "is_last": ((), torch.bool)}
+    specs = {**{k: ((), torch.int64) for k in ("env_id", "t")}, "stoch": ((2,), torch.int64), "is_last": ((), torch.bool)}
     replay = D.ReplayBuffer(capacity, envs, length, specs, seed)
     for t in range(steps):
         add(replay, t)
@@ -816,7 +824,7 @@ def test_observation_reward_flags_and_previous_action_of_a_trained_step_belong_t
     equal(data["is_terminal"].flatten(), obs[:, 4] > 0)
     equal(last, (obs[:, 4:] > 0).any(1))
     equal(batch["is_first"][:, 1:], batch["is_last"][:, :-1])  # a new episode follows the last step of another
-    assert (obs[:, :2].abs() > 0).any() and (batch["action"][..., :2].abs() > 1).any()  # raw samples are stored, unclipped
+    assert (batch["action"][..., :2].abs() > 1).any()  # raw samples are stored, unclipped
 
 
 def test_acting_and_training_give_the_same_posterior_for_the_same_inputs_and_noise():
@@ -851,22 +859,27 @@ OBSERVATIONS = {
     "multidiscrete": MultiDiscrete([[2, 3], [4, 5]]), "multibinary": MultiBinary((2, 2)),
     "gray image": Box(0, 255, (40, 30), np.uint8), "gray image with a channel": Box(0, 255, (48, 48, 1), np.uint8),
     "colour image": Box(0, 255, (96, 50, 3), np.uint8), "bool image": Box(0, 1, (20, 20), np.bool_),
-    "nested dict with images": Dict({"eyes": Dict(left=Box(0, 255, (48, 48, 3), np.uint8), right=Box(0, 255, (9, 9), np.uint8)),
-                                     "joints.x": Box(-1, 1, (2,)), "mode": Tuple([Discrete(2), MultiBinary(3)])}),
+    "nested dict with images": Dict({
+        "eyes": Dict(left=Box(0, 255, (48, 48, 3), np.uint8), right=Box(0, 255, (9, 9), np.uint8)),
+        "joints.x": Box(-1, 1, (2,)), "mode": Tuple([Discrete(2), MultiBinary(3)])}),
     "tuple": Tuple([Box(-1, 1, (2,)), Discrete(3, start=2)]),
 }
 ACTIONS = {
     "discrete": Discrete(4), "discrete with a start": Discrete(3, start=-7), "box": Box(-1, 1, (3,)),
     "asymmetric box": Box(np.float32([-2, 5]), np.float32([1, 6])), "float of no dimension": Box(0, 3, ()),
     "float64 matrix": Box(-1, 1, (2, 2), np.float64), "integer box": Box(0, 9, (2,), np.int32),
-    "multidiscrete": MultiDiscrete([3, 2, 4]), "matrix of choices": MultiDiscrete([[2, 3], [4, 5]], start=[[1, 0], [0, -2]]),
+    "multidiscrete": MultiDiscrete([3, 2, 4]),
+    "matrix of choices": MultiDiscrete([[2, 3], [4, 5]], start=[[1, 0], [0, -2]]),
     "multibinary": MultiBinary(3), "binary matrix": MultiBinary((2, 2)),
     "nested dict": Dict(hand=Dict(grip=Discrete(2), move=Box(-1, 1, (2,))), legs=Tuple([MultiBinary(2), Discrete(3)])),
     "tuple": Tuple([Discrete(2, start=1), Box(-3, 0, (1,))]),
 }
 
 
-@pytest.mark.parametrize("observations,actions", list(itertools.zip_longest(OBSERVATIONS, ACTIONS, fillvalue="discrete")))
+PAIRS = list(itertools.zip_longest(OBSERVATIONS, ACTIONS, fillvalue="discrete"))
+
+
+@pytest.mark.parametrize("observations,actions", PAIRS)
 def test_every_kind_of_space_acts_is_stored_and_learns(observations, actions):
     spaces = OBSERVATIONS[observations], ACTIONS[actions]
     agent = make_agent(*spaces)
@@ -880,10 +893,11 @@ def test_every_kind_of_space_acts_is_stored_and_learns(observations, actions):
 
 
 def test_observations_are_encoded_without_loss():
-    codec = D.ObservationCodec(Dict(a=Discrete(4, start=-1), b=MultiDiscrete([[2, 3], [4, 5]]), c=Box(-9, 9, (2, 2), np.float64),
-                                    d=Box(-1, 1, ()), e=MultiBinary(2), f=Tuple([Box(0, 255, (3, 5), np.uint8)])), 48)
+    codec = D.ObservationCodec(Dict(
+        a=Discrete(4, start=-1), b=MultiDiscrete([[2, 3], [4, 5]]), c=Box(-9, 9, (2, 2), np.float64), d=Box(-1, 1, ()),
+        e=MultiBinary(2), f=Tuple([Box(0, 255, (3, 5), np.uint8)])), 48)
     x = codec({"a": np.array([-1, 2]), "b": np.arange(8).reshape(2, 2, 2), "c": np.arange(8.0).reshape(2, 2, 2),
-               "d": np.float32([0.5, -1]), "e": np.array([[0, 1], [1, 1]], np.int8), "f": (np.full((2, 3, 5), 7, np.uint8),)})
+               "d": np.float32([0.5, -1]), "e": np.int8([[0, 1], [1, 1]]), "f": (np.full((2, 3, 5), 7, np.uint8),)})
     kinds = {k: leaf.kind for k, leaf in codec.leaves.items()}
     assert kinds == dict(a="discrete", b="discrete", c="vector", d="vector", e="discrete") | {"f/0": "vector"}
     for name, expected in dict(a=[[0], [3]], b=[[0, 1, 2, 3], [4, 5, 6, 7]], c=[[0, 1, 2, 3], [4, 5, 6, 7]],
@@ -894,7 +908,7 @@ def test_observations_are_encoded_without_loss():
 def test_large_images_shrink_to_the_means_of_their_blocks_and_small_ones_repeat_their_pixels():
     x = np.random.default_rng(0).integers(0, 256, (2, 96, 144, 3), np.uint8)
     means = x.reshape(2, 48, 2, 48, 3, 3).mean((2, 4))
-    assert np.abs(D.ObservationCodec(Box(0, 255, (96, 144, 3), np.uint8), 48)({"obs": x}["obs"])["obs"] - means).max() <= 0.5
+    assert np.abs(D.ObservationCodec(Box(0, 255, (96, 144, 3), np.uint8), 48)(x)["obs"] - means).max() <= 0.5
     small = x[:, :24, :16, :1]
     repeated = D.ObservationCodec(Box(0, 255, (24, 16, 1), np.uint8), 48)(small)["obs"]
     assert np.array_equal(repeated, small.repeat(2, 1).repeat(3, 2))
@@ -905,8 +919,8 @@ def test_large_images_shrink_to_the_means_of_their_blocks_and_small_ones_repeat_
 
 
 def test_actions_fill_asymmetric_bounds_start_offsets_and_integer_boxes():
-    codec = D.ActionCodec(Tuple([Box(np.float32([-2, 5]), np.float32([4, 6])), Discrete(3, start=5), Box(0, 10, (1,), np.int32),
-                                 MultiDiscrete([2, 3], start=[0, -1])]))
+    codec = D.ActionCodec(Tuple([Box(np.float32([-2, 5]), np.float32([4, 6])), Discrete(3, start=5),
+                                 Box(0, 10, (1,), np.int32), MultiDiscrete([2, 3], start=[0, -1])]))
     assert codec.size == 2 + 3 + 1 + 5 and codec.noise == 2 + 1 + 1 + 2
     flat = np.float32([[-1, 1, 0, 0, 1, 0.5, 0, 1, 1, 0, 0], [0, -9, 1, 0, 0, 3, 1, 0, 0, 0, 1]])
     box, choice, integer, several = codec.decode(flat)
@@ -915,13 +929,13 @@ def test_actions_fill_asymmetric_bounds_start_offsets_and_integer_boxes():
     assert np.array_equal(integer, [[8], [10]]) and integer.dtype == np.int32  # 7.5 rounds to even
 
 
-# -------------------------------------------------------------------------------------------------------------- learning
+# ------------------------------------------------------------------------------------------------------------- learning
 
 
 def test_laprop_with_adaptive_clipping_and_warmup_is_that_of_a_naive_loop():
     rng = np.random.default_rng(0)
     values = [rng.normal(size=(3, 4)), 5 * rng.normal(size=5), np.zeros(2)]  # the last clips at 0.3 · 1e-3
-    params = [torch.nn.Parameter(torch.tensor(v, dtype=torch.float32)) for v in values] + [torch.nn.Parameter(torch.ones(1))]
+    params = [torch.nn.Parameter(torch.tensor(v, dtype=torch.float32)) for v in (*values, [1.0])]
     optimizer = D.LaProp(params, lr=0.01, warmup=4)
     m, v = ([np.zeros_like(x) for x in values] for _ in range(2))
     for t in range(1, 9):
@@ -968,7 +982,7 @@ def test_update_is_a_function_of_state_and_batch_and_acting_does_not_change_it()
         results = [agent.update(dict(batch)) for agent in (a, b)]
         b.act(np.ones((7, 3), np.float32), None, np.ones(7, bool))
         assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
-    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()) if torch.is_tensor(x))
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
 
 
 def test_a_saved_and_loaded_agent_makes_the_identical_next_update_and_action(tmp_path):
@@ -1034,12 +1048,13 @@ def test_updates_on_the_gpu_give_the_losses_of_the_cpu(precision):
     noise = noise_of(cpu, batch)
     losses = [agent.loss(agent.prepare(batch), [x.to(agent.device) for x in noise])[1] for agent in (cpu, gpu)]
     for name in ("rec", "rew", "con", "dyn", "rep", "value", "repval"):
-        close(losses[1][f"losses/{name}"], losses[0][f"losses/{name}"], rtol=1e-3 if precision == "float32" else 0.1, atol=0.02)
+        rtol, atol = (1e-3, 1e-3) if precision == "float32" else (0.1, 0.02)
+        close(losses[1][f"losses/{name}"], losses[0][f"losses/{name}"], rtol, atol)
     Loop(gpu, Random).fill(12).step(updates=2)
     assert all(p.is_cuda and p.isfinite().all() for p in gpu.parameters())
 
 
-# ----------------------------------------------------------------------------------------- environments of known optimum
+# ---------------------------------------------------------------------------------------- environments of known optimum
 
 
 class Probe(gym.Env):
@@ -1099,14 +1114,14 @@ def test_the_optimum_is_learned_within_600_updates_when(name, seed):
     raise AssertionError(f"return {score} after {step + 1} updates")
 
 
-# ------------------------------------------------------------------------------------------------ arguments and mistakes
+# ----------------------------------------------------------------------------------------------- arguments and mistakes
 
 
 def test_presets_are_those_of_the_reference_and_flags_override_them():
     for env_id, pixels, values in (
             ("ALE/Pong-v5", False, dict(size="200m", num_envs=1, train_ratio=256, total_timesteps=100_000)),
-            ("dm_control/walker-walk-v0", False, dict(size="1m", num_envs=16, train_ratio=1024, total_timesteps=1_000_000)),
-            ("dm_control/walker-walk-v0", True, dict(size="200m", num_envs=16, train_ratio=256, total_timesteps=1_000_000)),
+            ("dm_control/walker-walk-v0", False, dict(size="1m", num_envs=16, train_ratio=1024, total_timesteps=10**6)),
+            ("dm_control/walker-walk-v0", True, dict(size="200m", num_envs=16, train_ratio=256, total_timesteps=10**6)),
             ("CartPole-v1", False, D.PRESETS["classic_control"])):
         args = D.Args.preset(env_id, pixels)
         assert {k: getattr(args, k) for k in values} == values and args.env_id == env_id and args.pixels == pixels
@@ -1134,7 +1149,8 @@ def act_on(value, space=VECTOR):
     "no observation": (lambda: make_agent(Dict()), "no usable key"),
     "a NaN observation": (lambda: act_on(np.nan), "nan"),
     "an infinite observation": (lambda: act_on(np.inf), "inf"),
-    "batch_length beyond the buffer": (lambda: make_agent(buffer_size=100, num_envs=4, batch_length=25), "batch_length 25.*104"),
+    "batch_length beyond the buffer": (
+        lambda: make_agent(buffer_size=100, num_envs=4, batch_length=25), "batch_length 25.*104"),
     "a replay of too few rows": (lambda: D.ReplayBuffer(100, 4, 25, {}), "batch_length 25.*25 steps"),
     "an early sample": (lambda: integers(steps=4).sample(1), "holds 4 steps"),
     "an unknown size": (lambda: D.Args(size="13m").check(), "13m.*12m"),
@@ -1157,11 +1173,11 @@ def test_a_missing_package_is_an_input_error_with_the_line_that_installs_it(monk
         D.make_env(env_id, 0, False, "")()
 
 
-# ------------------------------------------------------------------------------------------------------------ whole runs
+# ----------------------------------------------------------------------------------------------------------- whole runs
 
 
 class Lengths(gym.Env):
-    """Pays 1 a step in episodes of random length: returns are known from the seed. The last observation is NaN-free."""
+    """Pays 1 a step in episodes of random length: returns are known from the seed."""
     observation_space, action_space = Box(-1, 1, (2,), np.float32), Discrete(2)
     reward = 1.0
 
@@ -1188,8 +1204,8 @@ gym.register("test/NaNReward-v0", NaNReward)
 
 
 def run_args(**values):
-    values = dict(env_id="test/Lengths-v0", size="tiny", cuda=False, threads=2, num_envs=2, total_timesteps=120, batch_size=4,
-                  batch_length=8, train_ratio=4, warmup=0, imagination_horizon=3, eval_episodes=3, log_every=10,
+    values = dict(env_id="test/Lengths-v0", size="tiny", cuda=False, threads=1, num_envs=2, total_timesteps=120,
+                  batch_size=4, batch_length=8, train_ratio=4, warmup=0, imagination_horizon=3, eval_episodes=3, log_every=10,
                   video_every=0, image_size=48, vectorization="sync") | values
     return D.Args(**values)
 
@@ -1293,7 +1309,7 @@ def test_workers_in_other_processes_give_the_same_experience_as_this_process():
         obs, _ = envs.reset(seed=3)
         stream = [obs.copy()]
         for t in range(40):
-            stream.append(np.column_stack([np.array(x, np.float64).reshape(2, -1) for x in envs.step(np.array([t % 2, 1]))[:4]]))
+            stream += [np.array(x) for x in envs.step(np.array([t % 2, 1]))[:4]]
         envs.close()
         streams.append(np.concatenate([x.ravel() for x in stream]))
     assert np.array_equal(*streams)
@@ -1319,12 +1335,13 @@ def test_the_command_line_takes_the_preset_of_the_environment_and_flags_on_top()
 
 
 def command(*flags):
-    return subprocess.run([sys.executable, str(Path(D.__file__)), *flags], capture_output=True, text=True, timeout=170)
+    return subprocess.run([sys.executable, str(Path(D.__file__)), *flags], capture_output=True, text=True, timeout=170,
+                          env={**os.environ, "COLUMNS": "200"})  # so that names in --help are not broken
 
 
 def test_the_command_line_trains_and_writes_a_summary(folder):
-    done = command("--size", "1m", "--total-timesteps", "120", "--num-envs", "2", "--batch-size", "2", "--batch-length", "16",
-                   "--train-ratio", "4", "--eval-episodes", "2", "--threads", "2", "--no-cuda")
+    done = command("--size", "1m", "--total-timesteps", "120", "--num-envs", "2", "--batch-size", "2",
+                   "--batch-length", "16", "--train-ratio", "4", "--eval-episodes", "2", "--threads", "1", "--no-cuda")
     assert done.returncode == 0, done.stderr
     summary, = (folder / "runs").glob("CartPole-v1__dreamer__1__*/summary.json")
     summary = json.loads(summary.read_text())
