@@ -706,7 +706,8 @@ def test_image_vector_and_discrete_reconstruction_losses_are_sums_over_their_ele
 
 def integers(capacity=60, envs=3, length=4, steps=0, seed=0):
     """A replay whose rows say where they come from: step t of environment e holds (e, t), its latent 1000·e + t."""
-    specs = {**{k: ((), torch.int64) for k in ("env_id", "t")}, "stoch": ((2,), torch.int64), "is_last": ((), torch.bool)}
+    specs = {"env_id": ((), torch.int64), "t": ((), torch.int64), "stoch": ((2,), torch.int64),
+             "is_last": ((), torch.bool)}
     replay = D.ReplayBuffer(capacity, envs, length, specs, seed)
     for t in range(steps):
         add(replay, t)
@@ -1205,7 +1206,8 @@ gym.register("test/NaNReward-v0", NaNReward)
 
 def run_args(**values):
     values = dict(env_id="test/Lengths-v0", size="tiny", cuda=False, threads=1, num_envs=2, total_timesteps=120,
-                  batch_size=4, batch_length=8, train_ratio=4, warmup=0, imagination_horizon=3, eval_episodes=3, log_every=10,
+                  batch_size=4, batch_length=8, train_ratio=4, warmup=0, imagination_horizon=3, eval_episodes=3,
+                  log_every=10,
                   video_every=0, image_size=48, vectorization="sync") | values
     return D.Args(**values)
 
