@@ -592,9 +592,9 @@ def test_an_action_outside_of_the_unit_interval_counts_as_its_sign_and_keeps_its
     rssm, _ = sequence()
     action = torch.tensor([[0.3, -5.0, 7.0]], requires_grad=True)
     unit = torch.tensor([[0.3, -1.0, 1.0]], requires_grad=True)
-    close(rssm.embed(action), rssm.embed(unit))
-    weights = torch.randn(1, 16)
-    (got,), (want,) = (torch.autograd.grad((weights * rssm.embed(a)).sum(), a) for a in (action, unit))
+    embedded, expected, weights = rssm.embed(action), rssm.action_in(unit), torch.randn(1, 16)
+    close(embedded, expected)
+    got, want = (torch.autograd.grad((weights * x).sum(), a)[0] for x, a in ((embedded, action), (expected, unit)))
     close(got, want / torch.tensor([[1.0, 5.0, 7.0]]))  # no gradient through the denominator
 
 
