@@ -23,11 +23,11 @@ Time      Row t of the replay holds what *arrived* at t and the action chosen af
           h_t = f(h_{t-1}, z_{t-1}, a_{t-1});  z_t ~ q(z | h_t, x_t) when x_t is seen (posterior), z_t ~ p(z | h_t) in
           dreams (prior). The heads at t predict r_t and whether x_t was terminal; the return at t begins with r_{t+1}.
 
-Deviations from the reference, each marked at its line:
-  - replay stores deter as bfloat16 and stoch as uint8 class indices (8 to 20 times smaller than float32);
-  - samples are drawn by inverse CDF from uniform noise that is made ahead, so that a run can be replayed exactly;
-  - the presets of suites that the reference has none for (CartPole's above all) carry values of our own, see PRESETS.
+Deviations from the reference: replay stores deter as bfloat16 and stoch as uint8 class indices (8 to 20 times smaller);
+samples are drawn by inverse CDF from uniform noise made ahead, so that a run can be replayed exactly; the presets of
+suites that the reference has none for (CartPole's above all) carry values of our own, see PRESETS.
 """
+import argparse
 import collections
 import contextlib
 import dataclasses
@@ -39,7 +39,6 @@ import platform
 import random
 import signal
 import sys
-import threading
 import time
 import warnings
 from pathlib import Path
@@ -51,7 +50,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-
 
 class InputError(ValueError):
     """Something that the user gave cannot be used; the message says what it was and what to do instead."""
@@ -68,7 +66,6 @@ class Size(NamedTuple):
     latents: int = 32  # S
     blocks: int = 8  # G
 
-
 DEPTHS = {"1m": 4, "12m": 16, "25m": 24, "50m": 32, "100m": 48, "200m": 64, "400m": 96}
 SIZES = {name: Size(128 * depth, 16 * depth, depth, depth, 16 * depth) for name, depth in DEPTHS.items()}
 
@@ -84,110 +81,71 @@ PRESETS: dict[str, dict[str, Any]] = {
         size="1m", num_envs=8, train_ratio=64, total_timesteps=5_500, batch_size=16, batch_length=16,
         imagination_horizon=10, learning_rate=1e-3, warmup=100, anneal_lr=True, gamma=0.995, ent_coef=0.01,
         rep_scale=0.003,  # angles of ±0.2 would not be worth 0.1 a nat to the encoder, and the policy lives by them
-        video_every=2_500, eval_episodes=20,
-    ),
+        video_every=2_500, eval_episodes=20),
     "other": dict(size="12m", num_envs=4, train_ratio=128, total_timesteps=500_000),  # ours
 }
 
-
 def suite_of(env_id: str, pixels: bool = False) -> str:
     """Name of the preset for an environment id."""
-    spec, dmc = gym.registry.get(env_id), env_id.startswith("dm_control/")
-    entry = str(spec.entry_point) if spec and not pixels else ""
-    suites = {"atari": env_id.startswith("ALE/"), "dmc_pixels": dmc and pixels, "dmc_vector": dmc,
-              "box2d_pixels": env_id.startswith("CarRacing"), "mujoco": "envs.mujoco" in entry,
-              "classic_control": "envs.classic_control" in entry, "other": True}
+    entry = "" if pixels or env_id not in gym.registry else str(gym.registry[env_id].entry_point)
+    suites = {"atari": "ALE/" in env_id, "dmc_pixels": "dm_control/" in env_id and pixels,
+              "dmc_vector": "dm_control/" in env_id, "box2d_pixels": "CarRacing" in env_id,
+              "mujoco": "envs.mujoco" in entry, "classic_control": "envs.classic_control" in entry, "other": True}
     return next(name for name, applies in suites.items() if applies)
-
 
 @dataclasses.dataclass
 class Args:
-    exp_name: str = "dreamer"
-    """name of the experiment, part of the run's name"""
-    seed: int = 1
-    """seed of the environments, the networks, the replay and the noise"""
-    cuda: bool = True
-    """use the GPU if there is one"""
+    """The comment at a field is its line in --help."""
+    exp_name: str = "dreamer"  # name of the experiment, part of the run's name
+    seed: int = 1  # seed of the environments, the networks, the replay and the noise
+    cuda: bool = True  # use the GPU if there is one
+    # number format of the computation (parameters and losses stay float32); auto: bfloat16 on CUDA, float32 on CPU
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """number format of the computation (parameters and losses stay float32); auto: bfloat16 on CUDA, float32 on CPU"""
+    # CPU threads of PyTorch; 0 takes half of the cores, since with all of them any other process stalls every layer
     threads: int = 0
-    """CPU threads of PyTorch; 0 takes half of the cores, since with all of them any other process stalls every layer"""
-    track: bool = False
-    """also log to Weights & Biases"""
-    wandb_project_name: str = "dreamer"
-    """project on Weights & Biases"""
-    wandb_entity: str | None = None
-    """team on Weights & Biases"""
-    capture_video: bool = False
-    """record episodes of the first environment as videos/{run_name}/*.mp4 (needs moviepy)"""
-    video_every: int = 10_000
-    """steps between pictures of what the model dreams against what happened; 0 turns them off"""
-    log_every: int = 500
-    """steps between records of losses and speeds"""
-    save_model: bool = True
-    """save agent.pt and replay.pt in the run's folder at the end and on interruption"""
-    checkpoint_every: int = 0
-    """steps between further saves during the run; 0 saves only at the end"""
-    resume: str = ""
-    """folder of a run to go on with; flags given beside it override the saved ones"""
-    evaluate: str = ""
-    """folder of a run whose saved agent is played for eval_episodes and not trained"""
-    eval_episodes: int = 10
-    """episodes of an evaluation"""
-    eval_every: int = 0
-    """steps between evaluations during the run; 0 evaluates only at the end"""
-    deterministic: bool = False
-    """evaluate with the most likely latents and actions; the reference samples both"""
+    track: bool = False  # also log to Weights & Biases
+    wandb_project_name: str = "dreamer"  # project on Weights & Biases
+    wandb_entity: str | None = None  # team on Weights & Biases
+    capture_video: bool = False  # record the first environment's episodes as videos/{run_name}/*.mp4 (needs moviepy)
+    video_every: int = 10_000  # steps between pictures of what the model dreams against what happened; 0: none
+    log_every: int = 500  # steps between records of losses and speeds
+    save_model: bool = True  # save agent.pt and replay.pt in the run's folder at the end and on interruption
+    checkpoint_every: int = 0  # steps between further saves during the run; 0 saves only at the end
+    resume: str = ""  # folder of a run to go on with; flags given beside it override the saved ones
+    evaluate: str = ""  # folder of a run whose saved agent is played for eval_episodes and not trained
+    eval_episodes: int = 10  # episodes of an evaluation
+    eval_every: int = 0  # steps between evaluations during the run; 0 evaluates only at the end
+    deterministic: bool = False  # evaluate with the most likely latents and actions; the reference samples both
 
-    env_id: str = "CartPole-v1"
-    """Gymnasium id of the environment; `module:id` imports the module first"""
-    pixels: bool = False
-    """observe rendered frames instead of the environment's own observation"""
-    image_size: int = 64
-    """side in pixels to which images are resized: a multiple of 16 from 48 to 256"""
-    num_envs: int = 16
-    """environments stepped together"""
+    env_id: str = "CartPole-v1"  # Gymnasium id of the environment; `module:id` imports the module first
+    pixels: bool = False  # observe rendered frames instead of the environment's own observation
+    image_size: int = 64  # side in pixels to which images are resized: a multiple of 16 from 48 to 256
+    num_envs: int = 16  # environments stepped together
+    # step environments in this process or in one process each; auto: async if a step takes over a millisecond
     vectorization: Literal["auto", "sync", "async"] = "auto"
-    """step environments in this process or in one process each; auto: async if a step takes over a millisecond"""
-    total_timesteps: int = 1_000_000
-    """environment steps of the run, over all environments"""
+    total_timesteps: int = 1_000_000  # environment steps of the run, over all environments
 
+    # size of the model, named by its parameters
     size: Literal["1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "12m"
-    """size of the model, named by its parameters"""
-    buffer_size: int = 5_000_000
-    """steps that the replay holds over all environments (it takes memory as it fills)"""
-    batch_size: int = 16
-    """sequences in a batch"""
-    batch_length: int = 64
-    """steps in a sequence"""
+    buffer_size: int = 5_000_000  # steps that the replay holds over all environments (it takes memory as it fills)
+    batch_size: int = 16  # sequences in a batch
+    batch_length: int = 64  # steps in a sequence
+    # steps replayed for every environment step; updates per step are train_ratio / (batch_size * batch_length)
     train_ratio: float = 32.0
-    """steps replayed for every environment step; updates per step are train_ratio / (batch_size * batch_length)"""
-    learning_rate: float = 4e-5
-    """step size of LaProp"""
-    warmup: int = 1000
-    """updates over which the step size rises linearly from zero"""
-    anneal_lr: bool = False
-    """lower the step size linearly to zero over total_timesteps, which the reference does not"""
-    agc: float = 0.3
-    """adaptive gradient clipping: a tensor's gradient may have this fraction of the tensor's own norm"""
-    imagination_horizon: int = 15
-    """steps of a dream"""
-    gamma: float = 1 - 1 / 333
-    """discount, learned as part of the continue prediction"""
-    return_lambda: float = 0.95
-    """lambda of the returns: 0 trusts the critic after one step, 1 only at the horizon"""
-    ent_coef: float = 3e-4
-    """weight of the policy's entropy"""
-    tau: float = 0.02
-    """fraction by which the slow critic follows the critic after every update"""
+    learning_rate: float = 4e-5  # step size of LaProp
+    warmup: int = 1000  # updates over which the step size rises linearly from zero
+    anneal_lr: bool = False  # lower the step size linearly to zero over total_timesteps, which the reference does not
+    agc: float = 0.3  # adaptive gradient clipping: a tensor's gradient may have this fraction of the tensor's own norm
+    imagination_horizon: int = 15  # steps of a dream
+    gamma: float = 1 - 1 / 333  # discount, learned as part of the continue prediction
+    return_lambda: float = 0.95  # lambda of the returns: 0 trusts the critic after one step, 1 only at the horizon
+    ent_coef: float = 3e-4  # weight of the policy's entropy
+    tau: float = 0.02  # fraction by which the slow critic follows the critic after every update
+    # nats of KL, summed over the latents, below which dynamics and representation are not pushed
     free_nats: float = 1.0
-    """nats of KL, summed over the latents, below which dynamics and representation are not pushed"""
-    dyn_scale: float = 1.0
-    """weight of the loss that moves the prior to the posterior"""
-    rep_scale: float = 0.1
-    """weight of the loss that moves the posterior to the prior"""
-    repval_scale: float = 0.3
-    """weight of the critic's loss on replayed sequences"""
+    dyn_scale: float = 1.0  # weight of the loss that moves the prior to the posterior
+    rep_scale: float = 0.1  # weight of the loss that moves the posterior to the prior
+    repval_scale: float = 0.3  # weight of the critic's loss on replayed sequences
 
     @classmethod
     def preset(cls, env_id: str, pixels: bool = False, **overrides: Any) -> "Args":
@@ -200,58 +158,41 @@ class Args:
             raise InputError(f"size {self.size!r} does not exist: choose one of {', '.join(SIZES)}")
         if self.image_size % 16 or not 48 <= self.image_size <= 256:
             raise InputError(f"image_size {self.image_size} does not fit the CNN: take a multiple of 16 from 48 to 256")
-        least = dict(num_envs=1, total_timesteps=1, batch_size=1, imagination_horizon=1, eval_episodes=1, log_every=1,
-                     batch_length=2)  # the replay loss needs a next step
-        for name, minimum in least.items():
-            if getattr(self, name) < minimum:
-                raise InputError(f"{name} {getattr(self, name)} must be at least {minimum}")
+        for name in "num_envs total_timesteps batch_size batch_length imagination_horizon eval_episodes log_every".split():
+            if getattr(self, name) < (least := 1 + (name == "batch_length")):  # the replay loss needs a next step
+                raise InputError(f"{name} {getattr(self, name)} must be at least {least}")
         if (needed := (self.batch_length + 1) * self.num_envs) > self.buffer_size:
-            raise InputError(f"batch_length {self.batch_length} is longer than the buffer, which holds "
-                             f"{self.buffer_size // self.num_envs} steps of each of {self.num_envs} environments: "
-                             f"raise buffer_size to {needed} or more")
-
+            raise InputError(f"batch_length {self.batch_length} is longer than the buffer holds of each environment: "
+                             f"raise buffer_size {self.buffer_size} to {needed} or more")
 
 # --------------------------------------------------------------------------------------------------------- environments
 
-MODULES = {  # beginning of an id: module that registers it
-    "ALE/": "ale_py", "dm_control/": "shimmy", "MiniGrid-": "minigrid", "BabyAI-": "minigrid",
-    "MinAtar/": "minatar.gym", "popgym-": "popgym", "tetris_gymnasium/": "tetris_gymnasium.envs",
+PACKAGES = {  # beginning of an id: module that registers it, and how to install it
+    "ALE/": ("ale_py", "ale-py==0.12.1 opencv-python-headless"),
+    "dm_control/": ("shimmy", '"shimmy[dm-control]" "mujoco<4" packaging'),
+    "MiniGrid-": ("minigrid", '"minigrid>=3.1,<4"'), "BabyAI-": ("minigrid", '"minigrid>=3.1,<4"'),
+    "MinAtar/": ("minatar.gym", "minatar==1.0.15"), "popgym-": ("popgym", "popgym==1.0.7"),
+    "tetris_gymnasium/": ("tetris_gymnasium.envs", "opencv-python-headless && pip install --no-deps tetris-gymnasium"),
 }
-PACKAGES = {  # part of a complaint or an entry point: what to install
-    "ale_py": "ale-py==0.12.1 opencv-python-headless", "shimmy": '"shimmy[dm-control]" "mujoco<4" packaging',
-    "minigrid": '"minigrid>=3.1,<4"', "minatar": "minatar==1.0.15", "popgym": "popgym==1.0.7",
-    "tetris_gymnasium": "opencv-python-headless && pip install --no-deps tetris-gymnasium",
-    "box2d": '"gymnasium[box2d]"', "mujoco": '"gymnasium[mujoco]" "mujoco<4"', "pygame": '"gymnasium[classic-control]"',
-    "classic_control": '"gymnasium[classic-control]"', "opencv": "opencv-python-headless", "moviepy": "moviepy",
-    "wandb": "wandb",
-}
-
-
-USABLE = (gym.spaces.Box, gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary, gym.spaces.Dict,
-          gym.spaces.Tuple)
-
+TREES = gym.spaces.Dict, gym.spaces.Tuple
+CHOICES = gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary
 
 @contextlib.contextmanager
-def explain_failure(name: str):
-    """Turns a missing package into an InputError with the line to install it, an unknown id `name` into another."""
+def explain_failure(name: str, packages: str):
+    """Turns a missing package into an InputError with the line that installs it, an unknown id `name` into another."""
     try:
         yield
-    except (gym.error.DependencyNotInstalled, ImportError) as error:
-        spec = gym.registry.get(name)
-        places = str(error).lower(), str(spec.entry_point).lower() if spec else ""
-        packages = next((p for place in places for part, p in PACKAGES.items() if part in place), None)
-        remedy = f"pip install {packages}" if packages else "install it or correct the name"
-        raise InputError(f"{name} needs a package that is missing ({str(error).rstrip('.')}): {remedy}") from None
-    except gym.error.Error as error:
+    except ImportError as error:
+        raise InputError(f"{name} cannot be imported ({error}): pip install {packages}") from None
+    except gym.error.Error as error:  # where a package of Gymnasium's own is missing, the message says how to get it
         raise InputError(f"env_id {name!r} cannot be made: {str(error).strip().rstrip('.')}") from None
 
-
 def make_env(env_id: str, idx: int, capture_video: bool, run_name: str, pixels: bool = False, image_size: int = 64):
-    """CleanRL's thunk: a function without arguments that makes environment number `idx` of a run.
-    Environment 0 records its episodes under videos/{run_name} if `capture_video`. `pixels` replaces the observation by
-    rendered frames. ALE ids get the preprocessing of Atari 100k, MiniGrid ids coloured tiles in place of object codes.
-    """
+    """CleanRL's thunk: a function without arguments that makes environment number `idx` of a run. Number 0 records its
+    episodes under videos/{run_name} if `capture_video`. `pixels` replaces the observation by rendered frames. ALE ids
+    get the preprocessing of Atari 100k, MiniGrid ids coloured tiles in place of object codes."""
     record, atari = capture_video and idx == 0, env_id.startswith("ALE/")
+    module, packages = next((v for k, v in PACKAGES.items() if env_id.startswith(k)), ("", "or correct the name"))
 
     def thunk() -> gym.Env:
         kwargs: dict[str, Any] = {"render_mode": "rgb_array"} if pixels or record else {}
@@ -259,22 +200,21 @@ def make_env(env_id: str, idx: int, capture_video: bool, run_name: str, pixels: 
             kwargs |= dict(frameskip=1, repeat_action_probability=0.0, full_action_space=False)
         if env_id.startswith("dm_control/") and pixels:
             kwargs |= dict(render_kwargs=dict(height=image_size, width=image_size, camera_id=0))
-        with explain_failure(env_id):
-            for prefix, module in MODULES.items():
-                if env_id.startswith(prefix):  # MinAtar registers on request, the others when they are imported
-                    getattr(importlib.import_module(module), "register_envs", lambda: None)()
+        with explain_failure(env_id, packages):
+            if module:  # MinAtar registers on request, the others when they are imported
+                getattr(importlib.import_module(module), "register_envs", lambda: None)()
             env = gym.make(env_id, **kwargs)
             if record:
                 env = gym.wrappers.RecordVideo(env, f"videos/{run_name}", disable_logger=True)
             if pixels:
                 env.reset()  # some environments render only after a reset
                 env = gym.wrappers.AddRenderObservation(env, render_only=True)
-            elif env_id.startswith(("MiniGrid-", "BabyAI-")):
+            elif module == "minigrid":
                 env = importlib.import_module("minigrid.wrappers").RGBImgPartialObsWrapper(env, tile_size=8)
             if atari:  # 30 no-ops, repeat 4 with the maximum of the last two frames, colour
                 env = gym.wrappers.AtariPreprocessing(env, screen_size=image_size, grayscale_obs=False)
         if isinstance(env.observation_space, gym.spaces.Dict):  # text is no observation for a CNN or an MLP
-            keep = [k for k, v in env.observation_space.items() if isinstance(v, USABLE)]
+            keep = [k for k, v in env.observation_space.items() if isinstance(v, (gym.spaces.Box, *CHOICES, *TREES))]
             if len(keep) < len(env.observation_space):
                 warnings.warn(f"{env_id}: only the observations {keep} are used, the others are not numbers")
                 env = gym.wrappers.FilterObservation(env, keep)
@@ -282,78 +222,69 @@ def make_env(env_id: str, idx: int, capture_video: bool, run_name: str, pixels: 
 
     return thunk
 
-
 def make_vector_env(args: Args, num_envs: int, run_name: str, capture_video: bool = False) -> gym.vector.VectorEnv:
     """`num_envs` environments that reset themselves: the step after the last of an episode ignores its action and
     returns the first observation of the next with reward 0 (NEXT_STEP), just what the replay wants to see."""
-    asynchronous, times = args.vectorization == "async", []
-    if args.vectorization == "auto" and num_envs > 1:  # worth other processes if a step takes over a millisecond
-        env = gym.wrappers.Autoreset(make_env(args.env_id, -1, False, "", args.pixels, args.image_size)())
-        env.reset(seed=0)
-        for _ in range(20):
-            start = time.perf_counter()
-            env.step(env.action_space.sample())
-            times.append(time.perf_counter() - start)
-        env.close()
-        asynchronous = np.median(times) > 1e-3
     thunks = [make_env(args.env_id, i, capture_video, run_name, args.pixels, args.image_size) for i in range(num_envs)]
-    if not asynchronous:
-        return gym.vector.SyncVectorEnv(thunks, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
+    kind, mode, times = args.vectorization, gym.vector.AutoresetMode.NEXT_STEP, [time.perf_counter()]
+    if kind == "auto" and num_envs > 1:  # other processes are worth their cost if a step takes over a millisecond
+        with contextlib.closing(gym.wrappers.Autoreset(thunks[-1]())) as env:
+            env.reset(seed=0)
+            for _ in range(20):
+                env.step(env.action_space.sample())
+                times.append(time.perf_counter())
+        kind = "async" if np.median(np.diff(times)) > 1e-3 else "sync"
+    if kind != "async":
+        return gym.vector.SyncVectorEnv(thunks, autoreset_mode=mode)
     context = "spawn" if args.pixels and sys.platform != "win32" else None  # MuJoCo's GL contexts do not survive a fork
-    return gym.vector.AsyncVectorEnv(thunks, context=context, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
+    return gym.vector.AsyncVectorEnv(thunks, context=context, autoreset_mode=mode)
 
+# ------------------------------------------------------------------------------------------------ observations, actions
 
 def leaves(tree: Any, path: str = "") -> dict[str, Any]:
     """Leaves of nested dicts and tuples by path, of spaces and of batches: {"a": (x, y)} → {"a/0": x, "a/1": y}. A tree
     that is a leaf itself is called "obs"."""
-    if not isinstance(tree, (dict, gym.spaces.Dict, tuple, gym.spaces.Tuple)):
+    if not isinstance(tree, (dict, tuple, *TREES)):
         return {path or "obs": tree}
-    items = tree.items() if isinstance(tree, (dict, gym.spaces.Dict)) else enumerate(tree)
+    items = tree.items() if hasattr(tree, "items") else enumerate(tree)
     return {k: v for name, branch in items for k, v in leaves(branch, f"{path}/{name}".lstrip("/")).items()}
-
-
-class Leaf(NamedTuple):
-    """One observation key as the networks see it."""
-    kind: str  # "image" (H, W, C) uint8 · "vector" (n,) float32 · "discrete" (n,) int64 with `classes`
-    shape: tuple[int, ...]
-    classes: tuple[int, ...] = ()
-
-    @property
-    def width(self) -> int:
-        """Channels of an image, numbers of a vector, one-hot columns of a choice."""
-        return sum(self.classes) or self.shape[-1]
-
 
 def classes_of(space: gym.Space) -> tuple[int, ...] | None:
     """Numbers of choices of a Discrete, MultiDiscrete or MultiBinary space; None for any other."""
     if isinstance(space, gym.spaces.MultiBinary):
         return (2,) * int(np.prod(space.shape))
-    if isinstance(space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete)):
-        return tuple(int(n) for n in np.ravel(space.n if isinstance(space, gym.spaces.Discrete) else space.nvec))
-    return None
+    return tuple(np.ravel(getattr(space, "nvec", getattr(space, "n", 0))).tolist()) if isinstance(space, CHOICES) else None
 
+class Leaf(NamedTuple):
+    """One observation key as the networks see it."""
+    kind: str  # "image" (H, W, C) uint8 · "vector" (n,) float32 · "discrete" (n,) int64 with `classes`
+    shape: tuple[int, ...]
+    width: int  # channels of an image, numbers of a vector, one-hot columns of a choice
+    classes: tuple[int, ...] = ()
 
 class ObservationCodec:
     """Turns batches of any supported Gymnasium observation into dicts of arrays (B, *leaf.shape).
     Images are uint8 or bool boxes H×W or H×W×1..4 with more than 4 pixels a side; they become image_size × image_size
     pixels of 0..255. All other boxes are vectors. Raises InputError for spaces that it cannot use."""
+    REMEDY = ("provide non-empty Box, Discrete, MultiDiscrete or MultiBinary entries of finite numbers, "
+              "for example with gymnasium.wrappers.TransformObservation")
+
     def __init__(self, space: gym.Space, image_size: int):
         self.spaces, self.image_size = leaves(space), image_size
         self.leaves = {name: self.leaf(name, sub) for name, sub in sorted(self.spaces.items())}
         if not self.leaves:
-            raise InputError(f"observation space {space} has no usable key: it needs a Box, Discrete, MultiDiscrete or "
-                             "MultiBinary entry, which gymnasium.wrappers.TransformObservation can provide")
+            raise InputError(f"observation space {space} has no usable key: " + self.REMEDY)
 
     def leaf(self, name: str, space: gym.Space) -> Leaf:
         if classes := classes_of(space):
-            return Leaf("discrete", (len(classes),), classes)
+            return Leaf("discrete", (len(classes),), sum(classes), classes)
         if not isinstance(space, gym.spaces.Box) or 0 in space.shape:
-            raise InputError(f"observation {name!r} is {space}, which is not supported: make it a non-empty Box, "
-                             "Discrete, MultiDiscrete or MultiBinary with gymnasium.wrappers.TransformObservation")
+            raise InputError(f"observation {name!r} is {space}, which is not supported: " + self.REMEDY)
         pixels = space.dtype in (np.uint8, np.bool_) and len(space.shape) in (2, 3) and min(space.shape[:2]) > 4
         if pixels and (len(space.shape) == 2 or space.shape[2] <= 4):
-            return Leaf("image", (self.image_size, self.image_size, (*space.shape, 1)[2]))
-        return Leaf("vector", (int(np.prod(space.shape)),))
+            channels = (*space.shape, 1)[2]
+            return Leaf("image", (self.image_size, self.image_size, channels), channels)
+        return Leaf("vector", (n := int(np.prod(space.shape)),), n)
 
     def __call__(self, obs: Any) -> dict[str, np.ndarray]:
         flat, out = leaves(obs), {}
@@ -366,8 +297,7 @@ class ObservationCodec:
             else:
                 out[name] = x = x.reshape(len(x), -1).astype(np.float32)
                 if not np.isfinite(x).all():
-                    raise InputError(f"observation {name!r} holds {x[~np.isfinite(x)][0]}: make the environment return "
-                                     "finite numbers, for example with gymnasium.wrappers.TransformObservation")
+                    raise InputError(f"observation {name!r} holds {x[~np.isfinite(x)][0]}: " + self.REMEDY)
         return out
 
     def resize(self, x: np.ndarray, leaf: Leaf, space: gym.spaces.Box) -> np.ndarray:
@@ -378,23 +308,19 @@ class ObservationCodec:
         mode = "nearest" if max(x.shape[1:3]) <= self.image_size else "area"  # the average of the pixels it covers
         return F.interpolate(pixels, leaf.shape[:2], mode=mode).round().byte().permute(0, 2, 3, 1).numpy()
 
-
 class ActionCodec:
     """Maps the flat vectors of the networks (one-hots and raw Gaussian samples) to actions of any supported space.
     `heads` lists ("discrete", classes) or ("continuous", n) by path; `size` is the width A of the flat vector, `noise`
     the uniform numbers that a sample needs. Raises InputError for unbounded and unsupported spaces."""
     def __init__(self, space: gym.Space):
-        self.space, self.heads, self.start = space, {}, {}
-        self.size = self.noise = 0
+        self.space, self.heads, self.start, self.size, self.noise = space, {}, {}, 0, 0
         for name, sub in leaves(space).items():
-            classes = classes_of(sub)
-            if not classes and (not isinstance(sub, gym.spaces.Box) or 0 in sub.shape):
-                raise InputError(f"action space {sub} is not supported: use Discrete, Box, MultiDiscrete, MultiBinary, "
-                                 "or a Dict or Tuple of these")
+            classes, n = classes_of(sub), int(np.prod(sub.shape or 1))
+            if not classes and (not isinstance(sub, gym.spaces.Box) or n == 0):
+                raise InputError(f"action space {sub} is not supported: use {', '.join(c.__name__ for c in CHOICES)} or Box")
             if not classes and not (np.isfinite(sub.low).all() and np.isfinite(sub.high).all()):
                 raise InputError(f"action space {sub} is unbounded: give it finite bounds, for example with "
                                  "gymnasium.wrappers.TransformAction(env, lambda a: a, gymnasium.spaces.Box(-1, 1, n))")
-            n = int(np.prod(sub.shape))
             self.heads[name], self.start[name] = ("discrete", classes) if classes else ("continuous", n), self.size
             self.size += sum(classes) if classes else n
             self.noise += n  # one number for every choice or dimension
@@ -410,15 +336,13 @@ class ActionCodec:
             return tuple(self.decode(flat, sub, f"{path}/{i}".lstrip("/")) for i, sub in enumerate(space))
         (kind, n), i = self.heads[path or "obs"], self.start[path or "obs"]
         if kind == "discrete":
-            bounds = np.cumsum((i, *n))
-            choice = np.stack([flat[:, a:b].argmax(-1) for a, b in zip(bounds, bounds[1:])], -1)
-            value = choice.reshape(-1, *space.shape) + getattr(space, "start", 0)
+            choices = np.split(flat[:, i : i + sum(n)], np.cumsum(n)[:-1], axis=1)
+            value = np.stack([c.argmax(-1) for c in choices], -1).reshape(-1, *space.shape) + getattr(space, "start", 0)
         else:  # [-1, 1] → [low, high]; the raw sample may lie outside
             unit = (np.clip(flat[:, i : i + n], -1, 1).astype(np.float64).reshape(-1, *space.shape) + 1) / 2
             value = space.low + unit * (space.high.astype(np.float64) - space.low)
             value = value.round() if np.issubdtype(space.dtype, np.integer) else value
         return value.astype(space.dtype)
-
 
 # --------------------------------------------------------------------------------------------------------------- replay
 
@@ -452,24 +376,24 @@ class ReplayBuffer:
             self.online.extend((env, self.count - self.window) for env in range(self.num_envs))
 
     def sample(self, batch_size: int, online: bool = True) -> dict[str, torch.Tensor]:
-        """name → (B, T + 1, …), plus "env" (B,) and "row" (B, T + 1), the places that write_back fills. Not `online`
+        """name → (B, T + 1, …), plus "env" (B, 1) and "row" (B, T + 1), the places that write_back fills. Not `online`
         leaves the queue alone. Raises InputError while no environment has a whole window."""
         oldest, newest = max(0, self.count - self.rows), self.count - self.window
         if newest < oldest:
             raise InputError(f"the replay holds {self.count} steps an environment, a window needs {self.window}")
-        env = torch.randint(self.num_envs, (batch_size,), generator=self.generator)
-        start = torch.randint(oldest, newest + 1, (batch_size,), generator=self.generator)
+        env = torch.randint(self.num_envs, (batch_size, 1), generator=self.generator)
+        start = torch.randint(oldest, newest + 1, (batch_size, 1), generator=self.generator)
         while self.online and self.online[0][1] < oldest:
             self.online.popleft()  # overwritten before its turn
         for i in range(min(batch_size, len(self.online)) if online else 0):
             env[i], start[i] = self.online.popleft()
-        row = (start[:, None] + torch.arange(self.window)) % self.rows
-        return {**{k: x[env[:, None], row] for k, x in self.data.items()}, "env": env, "row": row}
+        row = (start + torch.arange(self.window)) % self.rows
+        return {**{k: x[env, row] for k, x in self.data.items()}, "env": env, "row": row}
 
     def write_back(self, batch: dict[str, torch.Tensor], **fresh: torch.Tensor) -> None:
         """Replaces the T trained steps of a sampled batch by `fresh` values (B, T, …), the latents of newer weights."""
         for name, value in fresh.items():
-            self.data[name][batch["env"][:, None], batch["row"][:, 1:]] = value.to("cpu", self.data[name].dtype)
+            self.data[name][batch["env"], batch["row"][:, 1:]] = value.to("cpu", self.data[name].dtype)
 
     def state_dict(self) -> dict[str, Any]:
         size = min(self.count, self.rows)
@@ -481,8 +405,7 @@ class ReplayBuffer:
         ours, saved = ({k: (len(x), *x.shape[2:]) for k, x in data.items()} for data in (self.data, state["data"]))
         fits = state["rows"] == self.rows or state["count"] <= min(self.rows, state["rows"])  # or has not wrapped yet
         if not fits or ours != saved:
-            raise InputError("the saved replay has another layout: resume with the same environment, size, num_envs "
-                             "and buffer_size")
+            raise InputError("the saved replay has another layout: resume with its env_id, size, num_envs and buffer_size")
         for name, value in state["data"].items():
             self.data[name][:, : value.shape[1]] = value
         self.count, self.online = state["count"], collections.deque(tuple(x) for x in state["online"])
@@ -490,18 +413,15 @@ class ReplayBuffer:
         if self.count:  # the environments start anew, so the streams break off here
             self.data["is_last"][:, (self.count - 1) % self.rows] = True
 
-
 # --------------------------------------------------------------------------------------------------- robust predictions
 
 def symlog(x: torch.Tensor) -> torch.Tensor:
     """sign(x) · ln(1 + |x|): squashes large values of either sign (paper, section "Robust predictions")."""
     return torch.sign(x) * torch.log1p(torch.abs(x))
 
-
 def symexp(x: torch.Tensor) -> torch.Tensor:
     """sign(x) · (exp(|x|) − 1), the inverse of symlog."""
     return torch.sign(x) * torch.expm1(torch.abs(x))
-
 
 class SymexpTwoHot:
     """A number predicted as a categorical over 255 exponentially spaced values: logits (…, 255).
@@ -524,27 +444,25 @@ class SymexpTwoHot:
         low, high = self.logits.log_softmax(-1).gather(-1, torch.stack([below, below + 1], -1)).unbind(-1)
         return -(1 - weight) * low - weight * high
 
-
 class OneHot:
     """Categorical over one-hot vectors (…, C), mixed with `unimix` of the uniform distribution; see RSSM and Actor."""
     def __init__(self, logits: torch.Tensor, unimix: float = 0.0):
-        self.logits, self.unimix = logits.float(), unimix
+        self.logits, self.unimix, self.size, self.draws = logits.float(), unimix, logits.shape[-1], 1
         exp = (self.logits - self.logits.amax(-1, keepdim=True).detach()).exp()
         self.probs = exp / exp.sum(-1, keepdim=True)  # for few classes on a CPU 3 times as fast as softmax
         if unimix:  # keeps every class possible, so that log-probabilities and KL stay bounded
-            self.probs = (1 - unimix) * self.probs + unimix / logits.shape[-1]
+            self.probs = (1 - unimix) * self.probs + unimix / self.size
 
     @property
     def logp(self) -> torch.Tensor:
         return self.probs.log() if self.unimix else self.logits.log_softmax(-1)
 
     def sample(self, uniform: torch.Tensor | None) -> torch.Tensor:
-        """One-hot sample by inverse CDF from `uniform` (…) in [0, 1), the mode for None. Straight-through gradient."""
+        """One-hot sample by inverse CDF from `uniform` (…, 1), the mode for None; straight-through gradient."""
         if uniform is None:
             index = self.probs.argmax(-1, keepdim=True)
         else:  # the number of classes that lie wholly below the noise; the clamp is for a CDF that rounds below 1
-            index = (self.probs.detach().cumsum(-1) <= uniform[..., None]).sum(-1, keepdim=True)
-            index.clamp_(max=self.probs.shape[-1] - 1)
+            index = (self.probs.detach().cumsum(-1) <= uniform).sum(-1, keepdim=True).clamp_(max=self.size - 1)
         onehot = torch.zeros_like(self.probs).scatter_(-1, index, 1.0)
         return onehot + self.probs - self.probs.detach() if self.probs.requires_grad else onehot
 
@@ -554,11 +472,10 @@ class OneHot:
     def entropy(self) -> torch.Tensor:
         return -(self.probs * self.logp).sum(-1)
 
-
 class Normal:
     """Gaussian over independent dimensions (…, n)."""
     def __init__(self, mean: torch.Tensor, std: torch.Tensor):
-        self.mean, self.std = mean.float(), std.float()
+        self.mean, self.std, self.size, self.draws = mean.float(), std.float(), mean.shape[-1], mean.shape[-1]
 
     def sample(self, uniform: torch.Tensor | None) -> torch.Tensor:
         """Sample by inverse CDF from `uniform` (…, n) in [0, 1), the mean for None."""
@@ -571,6 +488,22 @@ class Normal:
     def entropy(self) -> torch.Tensor:
         return (self.std.log() + 0.5 * np.log(2 * np.pi * np.e)).sum(-1)
 
+class Joint:
+    """Independent distributions side by side: their samples concatenated, log-probabilities and entropies summed."""
+    def __init__(self, dists: list[OneHot | Normal]):
+        self.dists = dists
+
+    def sample(self, uniform: torch.Tensor | None) -> torch.Tensor:
+        """uniform (…, ActionCodec.noise) → (…, A); modes for None."""
+        draws = [d.draws for d in self.dists]
+        parts = [None] * len(draws) if uniform is None else uniform.split(draws, -1)
+        return torch.cat([d.sample(u) for d, u in zip(self.dists, parts)], -1)
+
+    def log_prob(self, x: torch.Tensor) -> torch.Tensor:
+        return sum(d.log_prob(part) for d, part in zip(self.dists, x.split([d.size for d in self.dists], -1)))
+
+    def entropy(self) -> torch.Tensor:
+        return sum(d.entropy() for d in self.dists)
 
 # --------------------------------------------------------------------------------------------------------------- layers
 
@@ -578,7 +511,6 @@ def init_weight(weight: torch.Tensor, fan_in: int, outscale: float = 1.0) -> Non
     """Truncated normal (±2σ) of variance outscale² / fan_in; 1.1368 makes up for what the truncation takes away."""
     nn.init.trunc_normal_(weight, std=1.0, a=-2.0, b=2.0)
     weight.data.mul_(1.1368 * outscale / fan_in**0.5)
-
 
 class RMSNorm(nn.Module):
     """x / rms(x) over the last axis, in float32, with a learned scale and no shift."""
@@ -589,13 +521,11 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
-
 class Linear(nn.Linear):
     def __init__(self, inputs: int, outputs: int, outscale: float = 1.0):
         super().__init__(inputs, outputs)
         init_weight(self.weight, inputs, outscale)
         nn.init.zeros_(self.bias)
-
 
 class BlockLinear(nn.Module):
     """`blocks` independent linear layers: block g maps its slice of x (…, inputs) and all of `shared` (…, shared).
@@ -615,19 +545,16 @@ class BlockLinear(nn.Module):
             y = torch.baddbmm(y, shared.expand(self.blocks, -1, -1), self.weight[:, self.own :])
         return y.transpose(0, 1).flatten(1)
 
-
 class Layer(nn.Sequential):
     """Linear → RMSNorm → SiLU, the unit that most of the networks consist of."""
     def __init__(self, inputs: int, outputs: int):
         super().__init__(Linear(inputs, outputs), RMSNorm(outputs), nn.SiLU())
-
 
 class MLP(nn.Sequential):
     """`layers` layers of `units`, then, if `outputs` is given, a linear layer scaled by `outscale`."""
     def __init__(self, inputs: int, units: int, layers: int, outputs: int | None = None, outscale: float = 1.0):
         modules = [Layer(inputs if i == 0 else units, units) for i in range(layers)]
         super().__init__(*modules, *([Linear(units, outputs, outscale)] if outputs else []))
-
 
 class Conv(nn.Module):
     """5×5 convolution that keeps the resolution of images (N, H, W, C)."""
@@ -639,7 +566,6 @@ class Conv(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # views only: the memory stays channels-last
-
 
 # ---------------------------------------------------------------------------------------------------------- world model
 
@@ -671,7 +597,6 @@ class Encoder(nn.Module):
                 x = F.silu(norm(F.max_pool2d(conv(x).permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)))
             tokens.append(x.flatten(1))
         return torch.cat(tokens, -1)
-
 
 class Decoder(nn.Module):
     """(deter, stoch) → a reconstruction of every observation key, images in [0, 1], vectors in symlog space."""
@@ -719,7 +644,6 @@ class Decoder(nn.Module):
                 losses[k] = (x - target).square().flatten(1).sum(1)
         return losses
 
-
 class RSSM(nn.Module):
     """Recurrent state-space model: a deterministic path h that remembers, a stochastic z that says what is new.
 
@@ -763,7 +687,7 @@ class RSSM(nn.Module):
         return torch.lerp(blocks, cand, torch.sigmoid(update - 1)).flatten(1)
 
     def img_step(self, deter, stoch, action, noise) -> tuple[torch.Tensor, torch.Tensor]:
-        """One dreamed step: state and action (B, A) at t-1, uniform noise (B, S) or None for modes → state at t."""
+        """One dreamed step: state and action (B, A) at t-1, noise (B, S, 1) or None for modes → state at t."""
         deter = self.core(deter, stoch, self.embed(action))
         return deter, self.dist(self.logits(self.prior, deter)).sample(noise).to(deter.dtype)
 
@@ -774,8 +698,8 @@ class RSSM(nn.Module):
         return deter, self.dist(logits).sample(noise).to(deter.dtype), logits
 
     def observe(self, deter, stoch, tokens, prev_action, is_first, noise=None) -> tuple[torch.Tensor, ...]:
-        """Filters a sequence: state before it, tokens (B, T, E), prev_action (B, T, A), is_first (B, T), noise or None.
-        Where is_first, state and action are zeroed: what came before belongs to another episode.
+        """Filters a sequence: state before it, tokens (B, T, E), prev_action (B, T, A), is_first (B, T), uniform noise
+        (B, T, S, 1) or None. Where is_first, state and action are zeroed: what came before was another episode.
         Returns deter (B, T, D), stoch (B, T, S, C), posterior logits (B, T, S, C)."""
         keep = (~is_first)[..., None].to(tokens.dtype)
         actions = self.embed(prev_action * keep).unbind(1)
@@ -787,7 +711,7 @@ class RSSM(nn.Module):
         return tuple(torch.stack(x, 1) for x in zip(*states))
 
     def imagine(self, deter, stoch, policy, horizon, noise=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Dreams from states (N, …): `policy(deter, stoch, t)` gives the action (N, A) at step t; noise (N, H, S).
+        """Dreams from states (N, …): `policy(deter, stoch, t)` gives the action (N, A) at step t; noise (N, H, S, 1).
         Returns deter (N, H + 1, D) and stoch (N, H + 1, S, C) with the start in front, and actions (N, H, A)."""
         deters, stochs, actions = [deter], [stoch], []
         for t in range(horizon):
@@ -803,6 +727,9 @@ class RSSM(nn.Module):
         # KL(p‖q) = Σ p · (ln p − ln q), over all latents; free nats come off the sum
         return [(p.probs * (p.logp - q.logp)).sum((-2, -1)).clamp(min=free) for p, q in pairs]
 
+def features(deter: torch.Tensor, stoch: torch.Tensor) -> torch.Tensor:
+    """What heads, actor and critic see: [h, flat z]."""
+    return torch.cat([deter, stoch.flatten(-2)], -1)
 
 class WorldModel(nn.Module):
     """Everything that learns from real experience alone: encoder, RSSM, decoder, reward and continue heads."""
@@ -820,7 +747,7 @@ class WorldModel(nn.Module):
         return self.encoder(flat, self.rssm.gates.weight.dtype).unflatten(0, shape)
 
     def loss(self, batch: dict[str, Any], noise: torch.Tensor | None, gamma: float, free_nats: float):
-        """Losses (B, T) of a batch as Dreamer.forward lays it out; also the states, and scalar metrics."""
+        """Losses (B, T) of a batch as Dreamer.prepare lays it out; also the states, and scalar metrics."""
         tokens, rssm = self.encode(batch["obs"]), self.rssm
         deter, stoch, post = rssm.observe(*batch["carry"], tokens, batch["prev_action"], batch["is_first"], noise)
         prior = rssm.logits(rssm.prior, deter)
@@ -850,63 +777,34 @@ class WorldModel(nn.Module):
         recon = self.decoder(deter.flatten(0, 1), stoch.flatten(0, 1))
         return {k: x.unflatten(0, deter.shape[:2]) for k, x in recon.items()}
 
-
-def features(deter: torch.Tensor, stoch: torch.Tensor) -> torch.Tensor:
-    """What heads, actor and critic see: [h, flat z]."""
-    return torch.cat([deter, stoch.flatten(-2)], -1)
-
-
 # --------------------------------------------------------------------------------------------------------- actor-critic
-
-class ActionDist:
-    """Independent distributions side by side: their samples concatenated, log-probabilities and entropies summed."""
-    def __init__(self, dists: list[OneHot | Normal]):
-        self.dists = dists
-        self.sizes = [(d.mean if isinstance(d, Normal) else d.probs).shape[-1] for d in dists]
-
-    def sample(self, uniform: torch.Tensor | None) -> torch.Tensor:
-        """uniform (…, ActionCodec.noise) → actions (…, A); modes for None."""
-        if uniform is None:
-            return torch.cat([d.sample(None) for d in self.dists], -1)
-        parts = uniform.split([n if isinstance(d, Normal) else 1 for d, n in zip(self.dists, self.sizes)], -1)
-        return torch.cat([d.sample(u if isinstance(d, Normal) else u[..., 0]) for d, u in zip(self.dists, parts)], -1)
-
-    def log_prob(self, action: torch.Tensor) -> torch.Tensor:
-        return sum(d.log_prob(a) for d, a in zip(self.dists, action.split(self.sizes, -1)))
-
-    def entropy(self) -> torch.Tensor:
-        return sum(d.entropy() for d in self.dists)
-
 
 class Actor(nn.Module):
     """Policy π(a | feat), one independent head for every path of the action space."""
     def __init__(self, feat: int, heads: dict[str, tuple[str, Any]], units: int):
         super().__init__()
-        self.heads, self.mlp, self.outputs = heads, MLP(feat, units, 3), nn.ModuleList()
-        for kind, n in heads.values():
+        self.heads, self.mlp, self.outputs = list(heads.values()), MLP(feat, units, 3), nn.ModuleList()
+        for kind, n in self.heads:
             sizes = [sum(n)] if kind == "discrete" else [n, n]  # logits, or mean and standard deviation
             self.outputs.append(nn.ModuleList([Linear(units, size, outscale=0.01) for size in sizes]))
 
-    def forward(self, feat: torch.Tensor) -> ActionDist:
+    def forward(self, feat: torch.Tensor) -> Joint:
         x, dists = self.mlp(feat), []
-        for (kind, n), layers in zip(self.heads.values(), self.outputs):
+        for (kind, n), layers in zip(self.heads, self.outputs):
             out = [layer(x).float() for layer in layers]
             if kind == "discrete":
                 dists += [OneHot(logits) for logits in out[0].split(n, -1)]
             else:
                 dists.append(Normal(torch.tanh(out[0]), 0.9 * torch.sigmoid(out[1] + 2) + 0.1))
-        return ActionDist(dists)
+        return Joint(dists)
 
-
-class Critic(nn.Module):
-    """Distribution over the return from feat."""
-    def __init__(self, feat: int, units: int):
-        super().__init__()
-        self.mlp = MLP(feat, units, 3, 255, outscale=0.0)
+class Critic(MLP):
+    """Distribution over the return from feat; starts by predicting 0."""
+    def __init__(self, feat: int, units: int, layers: int = 3):
+        super().__init__(feat, units, layers, 255, outscale=0.0)
 
     def forward(self, feat: torch.Tensor) -> SymexpTwoHot:
-        return SymexpTwoHot(self.mlp(feat))
-
+        return SymexpTwoHot(super().forward(feat))
 
 def lambda_return(reward: torch.Tensor, value: torch.Tensor, discount: torch.Tensor, lam: Any) -> torch.Tensor:
     """λ-returns (B, T - 1) of steps 0 … T-2 from (B, T) tensors; `lam` a number or a tensor (paper, eq. 7).
@@ -918,7 +816,6 @@ def lambda_return(reward: torch.Tensor, value: torch.Tensor, discount: torch.Ten
     for t in reversed(range(1, value.shape[1])):
         returns.append(interim[t] + decay[t] * returns[-1])
     return torch.stack(returns[:0:-1], 1)
-
 
 class ReturnNormalizer(nn.Module):
     """Scale of the returns: a moving range between their 5th and 95th percentile, and never less than 1, so that large
@@ -934,7 +831,6 @@ class ReturnNormalizer(nn.Module):
         """Moves the range towards that of `returns`, of any shape, and gives the scale ()."""
         self.range.lerp_(torch.quantile(returns.flatten().float(), self.percentiles), self.rate)
         return (self.range[1] - self.range[0]).clamp(min=1)
-
 
 class LaProp(torch.optim.Optimizer):
     """LaProp (arXiv 2002.04839) with adaptive gradient clipping (arXiv 2102.06171) and linear warm-up.
@@ -969,9 +865,7 @@ class LaProp(torch.optim.Optimizer):
             torch._foreach_lerp_(m, grads, 1 - beta1)
             update = torch._foreach_mul(m, lr / (1 - beta1**t))
             torch._foreach_sub_(params, update)
-        moves = torch._foreach_norm(update)
-        return {"grad_norm": torch.stack(norms).norm(), "update_norm": torch.stack(moves).norm()}
-
+        return {"grad_norm": torch.stack(norms).norm(), "update_norm": torch.stack(torch._foreach_norm(update)).norm()}
 
 # ------------------------------------------------------------------------------------------------------------ the agent
 
@@ -1008,6 +902,9 @@ class Dreamer(nn.Module):
                 **{k: ((), torch.bool) for k in ("is_first", "is_last", "is_terminal")},
                 "deter": ((self.size.deter,), torch.bfloat16), "stoch": ((self.size.latents,), torch.uint8)}
 
+    def noise(self, rng: torch.Generator, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+        return [torch.rand(shape, generator=rng, device=self.device) for shape in shapes]
+
     @torch.no_grad()
     def act(self, obs: Any, state: dict[str, Any] | None, is_first: np.ndarray, deterministic: bool = False):
         """Chooses actions for a batch of observations.
@@ -1019,7 +916,7 @@ class Dreamer(nn.Module):
         if state is None:
             deter, stoch = self.wm.rssm.initial(n, self.device)
             state = {"deter": deter, "onehot": stoch, "action": torch.zeros(n, self.actions.size, device=self.device)}
-        noise = self.noise(self.act_rng, (n, 1, self.size.latents), (n, self.actions.noise))
+        noise = self.noise(self.act_rng, (n, 1, self.size.latents, 1), (n, self.actions.noise))
         z_noise, a_noise = (None, None) if deterministic else noise
         first = torch.as_tensor(is_first, dtype=torch.bool).to(self.device)[:, None]
         inputs = state["deter"], state["onehot"], tokens, state["action"][:, None], first, z_noise
@@ -1028,9 +925,6 @@ class Dreamer(nn.Module):
         return self.actions.decode(action.cpu().numpy()), {
             "deter": deter, "onehot": stoch, "stoch": stoch.argmax(-1), "action": action,
             **{f"obs/{k}": x for k, x in encoded.items()}}
-
-    def noise(self, rng: torch.Generator, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
-        return [torch.rand(shape, generator=rng, device=self.device) for shape in shapes]
 
     def prepare(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Lays a sampled batch (B, T + 1, …) out for learning: T steps with the actions before them, and the carry."""
@@ -1045,7 +939,7 @@ class Dreamer(nn.Module):
         "deter" and "stoch" of `batch` then hold the fresh latents (B, T, …), for ReplayBuffer.write_back."""
         data, (b, t) = self.prepare(batch), batch["reward"][:, 1:].shape
         h, s = self.args.imagination_horizon, self.size.latents
-        noise = self.noise(self.learn_rng, (b, t, s), (b * t, h, s), (b * t, h + 1, self.actions.noise))
+        noise = self.noise(self.learn_rng, (b, t, s, 1), (b * t, h, s, 1), (b * t, h + 1, self.actions.noise))
         loss, metrics, (batch["deter"], batch["stoch"]) = self.loss(data, noise)
         self.optimizer.zero_grad()
         loss.backward()
@@ -1132,14 +1026,13 @@ class Dreamer(nn.Module):
         for name in ("act_rng", "learn_rng"):
             getattr(self, name).set_state(state[name].cpu())
 
-
 # --------------------------------------------------------------------------------- evaluation, pictures and checkpoints
 
 def evaluate(agent: Dreamer, args: Args, episodes: int, run_name: str = "eval", deterministic: bool = False,
              capture_video: bool = False, max_steps: int = 27_000) -> list[float]:
     """Returns (undiscounted sums of reward) of `episodes` episodes, played at once in as many environments: each gives
     its first, so that short episodes are not favoured. An episode longer than `max_steps` counts as far as that."""
-    state, is_first = None, np.ones(episodes, bool)
+    state, is_first, done = None, np.ones(episodes, bool), np.zeros(episodes, bool)
     returns, running = np.zeros(episodes), np.ones(episodes, bool)
     with contextlib.closing(make_vector_env(args, episodes, run_name, capture_video)) as envs:
         obs, _ = envs.reset(seed=args.seed + 10_000)
@@ -1147,27 +1040,22 @@ def evaluate(agent: Dreamer, args: Args, episodes: int, run_name: str = "eval", 
             action, state = agent.act(obs, state, is_first, deterministic)
             obs, reward, terminated, truncated, _ = envs.step(action)
             returns += np.where(running, reward, 0.0)
-            is_first = terminated | truncated
-            running &= ~is_first
+            is_first, done = done, terminated | truncated
+            running &= ~done
             if not running.any():
                 break
     return returns.tolist()
 
-
-def draw_dreams(agent: Dreamer, buffer: ReplayBuffer, context: int = 5, sequences: int = 6) -> dict[str, bytes]:
-    """What the model predicts against what happened: key → GIF of six sequences (rows: true, model, difference; the bar
-    is green while the model sees, red while it dreams), or for vectors PNG curves (black: true, orange: model)."""
+def draw_dreams(agent: Dreamer, buffer: ReplayBuffer, context: int = 5, sequences: int = 6) -> dict[str, Any]:
+    """What the model predicts against what happened: key → frames of six sequences (rows: true, model, difference; the
+    bar is green while the model sees, red while it dreams), or for vectors one of curves (black: true, orange: model).
+    """
     from PIL import Image, ImageDraw
-
-    def encode(image: Image.Image, *later: Image.Image) -> bytes:
-        animation = dict(save_all=True, append_images=later, duration=100, loop=0) if later else {}
-        image.save(out := io.BytesIO(), "GIF" if later else "PNG", **animation)
-        return out.getvalue()
 
     data, pictures = agent.prepare(buffer.sample(sequences, online=False)), {}
     length = data["reward"].shape[1]
     context = min(context, length - 1)
-    noise, = agent.noise(agent.act_rng, (sequences, length, agent.size.latents))
+    noise, = agent.noise(agent.act_rng, (sequences, length, agent.size.latents, 1))
     for key, model in agent.wm.dream(data, context, noise).items():
         true, model, kind = data["obs"][key].float().cpu(), model.cpu(), agent.observations.leaves[key].kind
         if kind == "image":
@@ -1177,33 +1065,29 @@ def draw_dreams(agent: Dreamer, buffer: ReplayBuffer, context: int = 5, sequence
             video = video[..., :3] if video.shape[-1] >= 3 else video[..., :1].repeat(1, 1, 1, 3)
             video[:context, side : side + 2] = torch.tensor([0, 200, 0], dtype=torch.uint8)
             video[context:, side : side + 2] = torch.tensor([200, 0, 0], dtype=torch.uint8)
-            pictures[key] = encode(*[Image.fromarray(frame.numpy()) for frame in video])
+            pictures[key] = [Image.fromarray(frame.numpy()) for frame in video]
         elif kind == "vector":
             curves = torch.stack([symlog(true[0]), model[0]])[..., :6]  # (2, T, n): components of one sequence
             low, high, (n, x) = curves.amin((0, 1)), curves.amax((0, 1)), (curves.shape[-1], 400 / length)
             curves = 75 - 70 * (curves - low) / (high - low).clamp(min=1e-6) + 80 * torch.arange(n)  # from the top
-            picture = Image.new("RGB", (400, 80 * n), "white")
-            draw = ImageDraw.Draw(picture)
+            pictures[key] = [Image.new("RGB", (400, 80 * n), "white")]
+            draw = ImageDraw.Draw(pictures[key][0])
             draw.line([(x * context, 0), (x * context, 80 * n)], "gray")
             for color, lines in zip(("black", "darkorange"), curves.transpose(1, 2).tolist()):
                 for line in lines:
                     draw.line([(x * t, y) for t, y in enumerate(line)], color, 2)
-            pictures[key] = encode(picture)
     return pictures
 
-
 def save_dreams(agent: Dreamer, buffer: ReplayBuffer, writer: Any, run_dir: Path, step: int) -> None:
-    """Writes the pictures to run_dir/dreams and to TensorBoard, which shows a GIF that its own add_video would drop."""
-    from PIL import Image
+    """Writes the pictures to run_dir/dreams as GIF or PNG and to TensorBoard, whose own add_video needs moviepy."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     (run_dir / "dreams").mkdir(exist_ok=True)
-    for key, picture in draw_dreams(agent, buffer).items():
-        image = Image.open(io.BytesIO(picture))
-        (run_dir / "dreams" / f"{key.replace('/', '-')}_{step:09d}.{image.format.lower()}").write_bytes(picture)
-        proto = Summary.Image(height=image.height, width=image.width, colorspace=3, encoded_image_string=picture)
+    for key, (image, *later) in draw_dreams(agent, buffer).items():
+        path = run_dir / "dreams" / f"{key.replace('/', '-')}_{step:09d}.{'gif' if later else 'png'}"
+        image.save(path, **dict(save_all=True, append_images=later, duration=100, loop=0) if later else {})
+        proto = Summary.Image(height=image.height, width=image.width, encoded_image_string=path.read_bytes())
         writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=f"dreams/{key}", image=proto)]), step)
-
 
 def save_run(run_dir: Path, agent: Dreamer, buffer: ReplayBuffer, counters: dict[str, Any]) -> None:
     """Writes agent.pt and replay.pt; each replaces the last one only when it is complete."""
@@ -1212,14 +1096,12 @@ def save_run(run_dir: Path, agent: Dreamer, buffer: ReplayBuffer, counters: dict
         torch.save(content, run_dir / f"{name}.part")
         os.replace(run_dir / f"{name}.part", run_dir / name)
 
-
 def load_file(run_dir: str | Path, name: str = "agent.pt") -> dict[str, Any]:
     """What save_run wrote; raises InputError where there is none. Nothing but tensors and plain values is unpickled."""
     if not (path := Path(run_dir) / name).is_file():
         raise InputError(f"{run_dir} holds no {name}: give the folder of a run that ended, was interrupted, or was "
                          "started with --checkpoint-every")
     return torch.load(path, map_location="cpu", weights_only=True)
-
 
 def restore(agent: Dreamer, run_dir: str | Path) -> dict[str, Any]:
     """Loads a saved agent into `agent`; returns the run's counters. Raises InputError if it does not fit."""
@@ -1231,16 +1113,17 @@ def restore(agent: Dreamer, run_dir: str | Path) -> dict[str, Any]:
                          f"and image_size: {str(error).splitlines()[-1].strip()}") from None
     return saved["counters"]
 
-
 def parse_args(argv: list[str] | None = None) -> Args:
     """Command line on top of the preset of its --env-id, or of the arguments of the run to --resume or --evaluate."""
-    argv = sys.argv[1:] if argv is None else argv
-    known = tyro.cli(Args, args=[flag for flag in argv if flag not in ("-h", "--help")], description=__doc__)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # reads only what chooses the defaults
+    for name in ("env-id", "resume", "evaluate"):
+        first.add_argument(f"--{name}", f"--{name.replace('-', '_')}", default=getattr(Args, name.replace("-", "_")))
+    first.add_argument("--pixels", action="store_true")
+    known, _ = first.parse_known_args(argv)
     run_dir = known.resume or known.evaluate
     default = Args(**load_file(run_dir)["args"]) if run_dir else Args.preset(known.env_id, known.pixels)
     return tyro.cli(Args, args=argv, default=dataclasses.replace(default, resume="", evaluate=""),
                     description=__doc__[: __doc__.index("The algorithm")])
-
 
 # ----------------------------------------------------------------------------------------------------------------- main
 
@@ -1274,27 +1157,23 @@ def main(args: Args) -> dict[str, Any]:
     from torch.utils.tensorboard import SummaryWriter  # after all that can complain, so that nothing is left over
     from tqdm import tqdm
     if args.track:
-        with explain_failure("--track"):
+        with explain_failure("--track", "wandb"):
             import wandb
         wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, config=vars(args),
                    name=run_dir.name, monitor_gym=True, save_code=True)
     run_dir.mkdir(parents=True, exist_ok=True)
     writer = SummaryWriter(str(run_dir))
-    table = "".join(f"\n|{k}|{v}|" for k, v in vars(args).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|{table}")
+    writer.add_text("hyperparameters", "|param|value|\n|-|-|" + "".join(f"\n|{k}|{v}|" for k, v in vars(args).items()))
     print(*(f"{k} = {v}" for k, v in vars(args).items()), sep="\n")
     print(f"{run_dir}: {sum(p.numel() for p in agent.parameters() if p.requires_grad):,} parameters on {agent.device}; "
           f"replay of {capacity:,} steps, {buffer.bytes_per_step:,} bytes each, "
           f"{capacity * buffer.bytes_per_step / 2**30:.2f} GiB when full")
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's way to say Ctrl-C
 
     first_step, first_updates, credit, start = counters["global_step"], counters["updates"], 0.0, time.time()
-    step, updates = first_step, first_updates
-    episodes, eval_returns, interrupted, metrics, state = [], [], False, {}, None
-    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=None, smoothing=0.05)
-    no = np.zeros(n, bool)
+    step, updates, interrupted, state = first_step, first_updates, False, None
+    episodes, eval_returns, metrics, no = [], [], {}, np.zeros(n, bool)
     arrived = dict(reward=np.zeros(n), is_first=~no, is_last=no, is_terminal=no)
+    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=None, smoothing=0.05)
 
     def due(every: int) -> bool:  # did the last step of all environments cross a multiple of `every`?
         return every > 0 and step // every > (step - n) // every
@@ -1383,8 +1262,8 @@ def main(args: Args) -> dict[str, Any]:
     print(f"{run_dir}: {step:,} steps, {updates:,} updates, {end['seconds']:.0f} s, {result}")
     return summary
 
-
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's way to say Ctrl-C
     try:
         main(parse_args())
     except InputError as error:
