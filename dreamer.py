@@ -32,7 +32,6 @@ import collections
 import contextlib
 import dataclasses
 import importlib
-import io
 import json
 import os
 import platform
@@ -47,9 +46,11 @@ from typing import Any, Literal, NamedTuple
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 class InputError(ValueError):
     """Something that the user gave cannot be used; the message says what it was and what to do instead."""
@@ -103,6 +104,10 @@ class Args:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     # CPU threads of PyTorch; 0 takes half of the cores, since with all of them any other process stalls every layer
     threads: int = 0
+    compile: bool | None = None  # fuse the steps of the recurrence with torch.compile; None: on CUDA only
+    cuda_graph: bool = True  # on CUDA, record update and act once and replay them as one launch
+    # where the replay lies; auto: on the GPU if it takes less than half of what is free there
+    buffer_device: Literal["auto", "cpu", "cuda"] = "auto"
     track: bool = False  # also log to Weights & Biases
     wandb_project_name: str = "dreamer"  # project on Weights & Biases
     wandb_entity: str | None = None  # team on Weights & Biases
@@ -134,10 +139,11 @@ class Args:
     train_ratio: float = 32.0
     learning_rate: float = 4e-5  # step size of LaProp
     warmup: int = 1000  # updates over which the step size rises linearly from zero
+    contdisc: bool = True  # learn the discount as part of the continue prediction; else it multiplies the prediction
     anneal_lr: bool = False  # lower the step size linearly to zero over total_timesteps, which the reference does not
     agc: float = 0.3  # adaptive gradient clipping: a tensor's gradient may have this fraction of the tensor's own norm
     imagination_horizon: int = 15  # steps of a dream
-    gamma: float = 1 - 1 / 333  # discount, learned as part of the continue prediction
+    gamma: float = 1 - 1 / 333  # discount
     return_lambda: float = 0.95  # lambda of the returns: 0 trusts the critic after one step, 1 only at the horizon
     ent_coef: float = 3e-4  # weight of the policy's entropy
     tau: float = 0.02  # fraction by which the slow critic follows the critic after every update
@@ -158,7 +164,8 @@ class Args:
             raise InputError(f"size {self.size!r} does not exist: choose one of {', '.join(SIZES)}")
         if self.image_size % 16 or not 48 <= self.image_size <= 256:
             raise InputError(f"image_size {self.image_size} does not fit the CNN: take a multiple of 16 from 48 to 256")
-        for name in "num_envs total_timesteps batch_size batch_length imagination_horizon eval_episodes log_every".split():
+        for name in ("num_envs", "total_timesteps", "batch_size", "batch_length", "imagination_horizon",
+                     "eval_episodes", "log_every"):
             if getattr(self, name) < (least := 1 + (name == "batch_length")):  # the replay loss needs a next step
                 raise InputError(f"{name} {getattr(self, name)} must be at least {least}")
         if (needed := (self.batch_length + 1) * self.num_envs) > self.buffer_size:
@@ -253,7 +260,8 @@ def classes_of(space: gym.Space) -> tuple[int, ...] | None:
     """Numbers of choices of a Discrete, MultiDiscrete or MultiBinary space; None for any other."""
     if isinstance(space, gym.spaces.MultiBinary):
         return (2,) * int(np.prod(space.shape))
-    return tuple(np.ravel(getattr(space, "nvec", getattr(space, "n", 0))).tolist()) if isinstance(space, CHOICES) else None
+    numbers = getattr(space, "nvec", getattr(space, "n", 0))
+    return tuple(np.ravel(numbers).tolist()) if isinstance(space, CHOICES) else None
 
 class Leaf(NamedTuple):
     """One observation key as the networks see it."""
@@ -317,7 +325,7 @@ class ActionCodec:
         for name, sub in leaves(space).items():
             classes, n = classes_of(sub), int(np.prod(sub.shape or 1))
             if not classes and (not isinstance(sub, gym.spaces.Box) or n == 0):
-                raise InputError(f"action space {sub} is not supported: use {', '.join(c.__name__ for c in CHOICES)} or Box")
+                raise InputError(f"action space {sub} is not supported: use Box, Discrete, MultiDiscrete, MultiBinary")
             if not classes and not (np.isfinite(sub.low).all() and np.isfinite(sub.high).all()):
                 raise InputError(f"action space {sub} is unbounded: give it finite bounds, for example with "
                                  "gymnasium.wrappers.TransformAction(env, lambda a: a, gymnasium.spaces.Box(-1, 1, n))")
@@ -346,22 +354,41 @@ class ActionCodec:
 
 # --------------------------------------------------------------------------------------------------------------- replay
 
+def free_bytes(device: str) -> float:
+    """Memory that is free on "cuda" or, as far as the system tells, on "cpu"."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    meminfo = Path("/proc/meminfo")
+    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
+    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), float("inf"))
+
 class ReplayBuffer:
     """A ring of the last `capacity` steps, split evenly over the environments, that yields windows of T + 1 steps.
     The first step of a window is context: its stored latent and action start the recurrence, the other T are trained.
     Windows start anywhere, cross episode boundaries and never the write head. Fresh windows, each environment's one
     after the other without overlap, are served once before uniform draws (the online queue)."""
-    def __init__(self, capacity: int, num_envs: int, batch_length: int, specs: dict[str, tuple], seed: int = 0):
-        """specs: name → (shape, dtype) of one step."""
+    def __init__(self, capacity: int, num_envs: int, batch_length: int, specs: dict[str, tuple], seed: int = 0,
+                 device: str = "cpu"):
+        """specs: name → (shape, dtype) of one step. device: "cpu", "cuda", or "auto" for the GPU if half of its free
+        memory is enough. Raises InputError if the memory is not."""
         self.rows, self.num_envs, self.window = capacity // num_envs, num_envs, batch_length + 1
         if self.window > self.rows:
             raise InputError(f"batch_length {batch_length} is longer than the buffer ({self.rows} steps each)")
-        # torch.empty takes memory only as rows are written
-        self.data = {k: torch.empty((num_envs, self.rows, *shape), dtype=dtype) for k, (shape, dtype) in specs.items()}
+        self.bytes_per_step = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in specs.values())
+        need, free = num_envs * self.rows * self.bytes_per_step, free_bytes(device)
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() and need < free_bytes("cuda") / 2 else "cpu"
+            free = free_bytes(device)
+        if need > free:
+            raise InputError(f"a replay of {capacity:,} steps takes {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free "
+                             f"on {device}: lower --buffer-size to {int(0.9 * free / self.bytes_per_step)}")
+        # on the CPU torch.empty takes memory only as rows are written
+        self.data = {k: torch.empty((num_envs, self.rows, *shape), dtype=dtype, device=device)
+                     for k, (shape, dtype) in specs.items()}
+        self.device = device
         self.count = 0  # steps ever added to each environment's stream; step i lives in row i % rows
         self.online: collections.deque[tuple[int, int]] = collections.deque()  # (environment, first step)
         self.generator = torch.Generator().manual_seed(seed)
-        self.bytes_per_step = sum(x[0, 0].nbytes for x in self.data.values())
 
     def __len__(self) -> int:
         return self.num_envs * min(self.count, self.rows)
@@ -370,7 +397,7 @@ class ReplayBuffer:
         """Writes one step of every environment: name → (num_envs, …)."""
         assert step.keys() == self.data.keys(), (sorted(step), sorted(self.data))
         for name, value in step.items():
-            self.data[name][:, self.count % self.rows] = torch.as_tensor(value).to(self.data[name].dtype)
+            self.data[name][:, self.count % self.rows] = torch.as_tensor(value).to(self.device, self.data[name].dtype)
         self.count += 1
         if self.count % self.window == 0:
             self.online.extend((env, self.count - self.window) for env in range(self.num_envs))
@@ -387,13 +414,16 @@ class ReplayBuffer:
             self.online.popleft()  # overwritten before its turn
         for i in range(min(batch_size, len(self.online)) if online else 0):
             env[i], start[i] = self.online.popleft()
-        row = (start + torch.arange(self.window)) % self.rows
-        return {**{k: x[env, row] for k, x in self.data.items()}, "env": env, "row": row}
+        env, row = env.to(self.device), ((start + torch.arange(self.window)) % self.rows).to(self.device)
+        batch = {k: x[env, row] for k, x in self.data.items()}
+        if self.device == "cpu" and torch.cuda.is_available():
+            batch = {k: x.pin_memory() for k, x in batch.items()}  # so that the copy to the GPU does not wait for it
+        return {**batch, "env": env, "row": row}
 
     def write_back(self, batch: dict[str, torch.Tensor], **fresh: torch.Tensor) -> None:
         """Replaces the T trained steps of a sampled batch by `fresh` values (B, T, …), the latents of newer weights."""
         for name, value in fresh.items():
-            self.data[name][batch["env"], batch["row"][:, 1:]] = value.to("cpu", self.data[name].dtype)
+            self.data[name][batch["env"], batch["row"][:, 1:]] = value.to(self.device, self.data[name].dtype)
 
     def state_dict(self) -> dict[str, Any]:
         size = min(self.count, self.rows)
@@ -405,7 +435,7 @@ class ReplayBuffer:
         ours, saved = ({k: (len(x), *x.shape[2:]) for k, x in data.items()} for data in (self.data, state["data"]))
         fits = state["rows"] == self.rows or state["count"] <= min(self.rows, state["rows"])  # or has not wrapped yet
         if not fits or ours != saved:
-            raise InputError("the saved replay has another layout: resume with its env_id, size, num_envs and buffer_size")
+            raise InputError("the saved replay has another layout: keep its env_id, size, num_envs and buffer_size")
         for name, value in state["data"].items():
             self.data[name][:, : value.shape[1]] = value
         self.count, self.online = state["count"], collections.deque(tuple(x) for x in state["online"])
@@ -757,7 +787,7 @@ class WorldModel(nn.Module):
         losses["dyn"], losses["rep"] = rssm.kl_loss(post, prior, free_nats)
         losses["rec"] = sum(parts.values()).unflatten(0, deter.shape[:2])
         losses["rew"] = SymexpTwoHot(self.reward(feat)).loss(batch["reward"])
-        # the discount is part of the continue target, so dreams need no γ of their own
+        # the reference makes the discount part of the target, so that dreams need no γ of their own
         target = (~batch["is_terminal"]).float() * gamma
         losses["con"] = F.binary_cross_entropy_with_logits(self.cont(feat)[..., 0].float(), target, reduction="none")
         metrics = {f"rec_{k}": x.mean() for k, x in parts.items()} if len(parts) > 1 else {}
@@ -828,8 +858,13 @@ class ReturnNormalizer(nn.Module):
 
     @torch.no_grad()
     def forward(self, returns: torch.Tensor) -> torch.Tensor:
-        """Moves the range towards that of `returns`, of any shape, and gives the scale ()."""
-        self.range.lerp_(torch.quantile(returns.flatten().float(), self.percentiles), self.rate)
+        """Moves the range towards that of `returns`, of any shape and over all processes, and gives the scale ()."""
+        returns = returns.flatten().float()
+        if dist.is_initialized():
+            parts = [torch.empty_like(returns) for _ in range(dist.get_world_size())]
+            dist.all_gather(parts, returns)
+            returns = torch.cat(parts)
+        self.range.lerp_(torch.quantile(returns, self.percentiles), self.rate)
         return (self.range[1] - self.range[0]).clamp(min=1)
 
 class LaProp(torch.optim.Optimizer):
@@ -837,8 +872,9 @@ class LaProp(torch.optim.Optimizer):
     Unlike Adam it normalises first and averages after: momentum is a mean of steps of the same size."""
     def __init__(self, params, lr=4e-5, betas=(0.9, 0.999), eps=1e-20, agc=0.3, pmin=1e-3, warmup=1000):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, agc=agc, pmin=pmin, warmup=warmup))
-        for group in self.param_groups:
-            group["updates"] = torch.zeros((), device=group["params"][0].device)
+        for group in self.param_groups:  # tensors, so that a CUDA graph sees them change
+            device = group["params"][0].device
+            group["lr"], group["updates"] = torch.tensor(lr, device=device), torch.zeros((), device=device)
             self.state |= {p: {"m": torch.zeros_like(p), "v": torch.zeros_like(p)} for p in group["params"]}
 
     @torch.no_grad()
@@ -869,6 +905,48 @@ class LaProp(torch.optim.Optimizer):
 
 # ------------------------------------------------------------------------------------------------------------ the agent
 
+def average_over_processes(tensors: list[torch.Tensor]) -> None:
+    """Replaces tensors by their means over the processes that torchrun started, in place and in one message."""
+    if dist.is_initialized():
+        flat = torch.cat([x.flatten() for x in tensors])
+        dist.all_reduce(flat)
+        parts = (flat / dist.get_world_size()).split([x.numel() for x in tensors])
+        torch._foreach_copy_(tensors, [part.view_as(x) for part, x in zip(parts, tensors)])
+
+class Captured:
+    """A function of trees of tensors that CUDA replays as one graph: one launch in place of thousands. With inputs of
+    new shapes the first two calls run as they are, which warms everything up, and the third is recorded. What a replay
+    returns is overwritten by the next one."""
+    def __init__(self, function: Any, on: bool):
+        self.function, self.on, self.graphs = function, on, {}
+
+    def __call__(self, *inputs: Any) -> Any:
+        if not self.on:
+            return self.function(*inputs)
+        flat, spec = tree_flatten(inputs)
+        shapes = tuple(x.shape for x in flat)
+        known = self.graphs.setdefault(shapes, {"calls": 0})
+        known["calls"] += 1
+        if known["calls"] <= 2:
+            stream, now = torch.cuda.Stream(), torch.cuda.current_stream()
+            stream.wait_stream(now)
+            with torch.cuda.stream(stream):
+                outputs = self.function(*inputs)
+            now.wait_stream(stream)
+            return outputs
+        if "graph" not in known:
+            known |= {"graph": torch.cuda.CUDAGraph(), "inputs": [x.clone() for x in flat]}
+            try:
+                with torch.cuda.graph(known["graph"]):
+                    known["outputs"] = self.function(*tree_unflatten(known["inputs"], spec))
+            except RuntimeError as error:
+                warnings.warn(f"no CUDA graph, going on without: {str(error).splitlines()[0]}")
+                self.on = False
+                return self.function(*inputs)
+        torch._foreach_copy_(known["inputs"], flat)
+        known["graph"].replay()
+        return known["outputs"]
+
 class Dreamer(nn.Module):
     """The agent: `act` on observations, `update` on batches of a ReplayBuffer, `state_dict` for what learning needs.
     Spaces are those of ONE environment, observations and actions batches of them. Raises InputError for spaces that
@@ -889,10 +967,16 @@ class Dreamer(nn.Module):
         self.slow_critic.load_state_dict(self.critic.state_dict())
         self.retnorm = ReturnNormalizer()
         self.to(self.device)
-        learned = [p for p in self.parameters() if p.requires_grad]
-        self.optimizer = LaProp(learned, args.learning_rate, agc=args.agc, warmup=args.warmup)
+        self.learned = [p for p in self.parameters() if p.requires_grad]
+        self.optimizer = LaProp(self.learned, args.learning_rate, agc=args.agc, warmup=args.warmup)
         # acting has noise of its own: playing an evaluation does not change what is learned
-        self.act_rng, self.learn_rng = (torch.Generator(self.device).manual_seed(args.seed + i) for i in (0, 1))
+        seed = args.seed + (2 * dist.get_rank() if dist.is_initialized() else 0)
+        self.act_rng, self.learn_rng = (torch.Generator(self.device).manual_seed(seed + i) for i in (0, 1))
+        cuda, rssm = self.device.type == "cuda", self.wm.rssm
+        if cuda if args.compile is None else args.compile:
+            rssm.obs_step, rssm.img_step = torch.compile(rssm.obs_step), torch.compile(rssm.img_step)
+        self.fast_learn, self.fast_respond = (
+            Captured(function, cuda and args.cuda_graph) for function in (self.learn, self.respond))
 
     def replay_specs(self) -> dict[str, tuple]:
         """Rows for a ReplayBuffer: name → (shape, dtype) of what act and the environment yield at one step."""
@@ -912,19 +996,23 @@ class Dreamer(nn.Module):
         is_first: (N,) bool, where an episode begins. Returns actions for the environment and the new state. The state
         also is the agent's part of a replay step: obs/…, action, deter and stoch, see `replay_specs`."""
         encoded, n = self.observations(obs), len(is_first)
-        tokens = self.wm.encode({k: torch.as_tensor(x).to(self.device)[:, None] for k, x in encoded.items()})
         if state is None:
             deter, stoch = self.wm.rssm.initial(n, self.device)
             state = {"deter": deter, "onehot": stoch, "action": torch.zeros(n, self.actions.size, device=self.device)}
         noise = self.noise(self.act_rng, (n, 1, self.size.latents, 1), (n, self.actions.noise))
-        z_noise, a_noise = (None, None) if deterministic else noise
-        first = torch.as_tensor(is_first, dtype=torch.bool).to(self.device)[:, None]
-        inputs = state["deter"], state["onehot"], tokens, state["action"][:, None], first, z_noise
-        deter, stoch = (x[:, 0] for x in self.wm.rssm.observe(*inputs)[:2])
-        action = self.actor(features(deter, stoch)).sample(a_noise)
-        return self.actions.decode(action.cpu().numpy()), {
-            "deter": deter, "onehot": stoch, "stoch": stoch.argmax(-1), "action": action,
-            **{f"obs/{k}": x for k, x in encoded.items()}}
+        inputs = ({k: torch.as_tensor(x).to(self.device) for k, x in encoded.items()},
+                  *(state[k] for k in ("deter", "onehot", "action")), torch.as_tensor(is_first).to(self.device))
+        with torch.compiler.set_stance("force_eager"):  # what is compiled is compiled for the shapes of learning
+            out = self.respond(*inputs) if deterministic else [x.clone() for x in self.fast_respond(*inputs, *noise)]
+        fresh = dict(zip(("deter", "onehot", "stoch", "action"), out))
+        return self.actions.decode(fresh["action"].cpu().numpy()), fresh | {f"obs/{k}": x for k, x in encoded.items()}
+
+    def respond(self, obs: dict[str, torch.Tensor], deter, stoch, prev_action, is_first, z_noise=None, a_noise=None):
+        """The part of `act` that is nothing but tensors (N, …): new deter, stoch, its class indices, and the action."""
+        tokens = self.wm.encode({k: x[:, None] for k, x in obs.items()})
+        deter, stoch, _ = self.wm.rssm.observe(deter, stoch, tokens, prev_action[:, None], is_first[:, None], z_noise)
+        deter, stoch = deter[:, 0], stoch[:, 0]
+        return deter, stoch, stoch.argmax(-1), self.actor(features(deter, stoch)).sample(a_noise)
 
     def prepare(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Lays a sampled batch (B, T + 1, …) out for learning: T steps with the actions before them, and the carry."""
@@ -940,13 +1028,19 @@ class Dreamer(nn.Module):
         data, (b, t) = self.prepare(batch), batch["reward"][:, 1:].shape
         h, s = self.args.imagination_horizon, self.size.latents
         noise = self.noise(self.learn_rng, (b, t, s, 1), (b * t, h, s, 1), (b * t, h + 1, self.actions.noise))
-        loss, metrics, (batch["deter"], batch["stoch"]) = self.loss(data, noise)
+        metrics, (batch["deter"], batch["stoch"]) = self.fast_learn(data, noise)
+        return metrics
+
+    def learn(self, data: dict[str, Any], noise: list[torch.Tensor]):
+        """The part of `update` that is nothing but tensors of fixed shapes, never waited for by the CPU."""
+        loss, metrics, latents = self.loss(data, noise)
         self.optimizer.zero_grad()
         loss.backward()
+        average_over_processes([p.grad for p in self.learned])
         metrics |= {f"diagnostics/{k}": x for k, x in self.optimizer.step().items()}
         with torch.no_grad():  # or the slow critic would become part of an autograd graph that grows with every update
             torch._foreach_lerp_(list(self.slow_critic.parameters()), list(self.critic.parameters()), self.args.tau)
-        return metrics
+        return metrics, latents
 
     def loss(self, data: dict[str, Any], noise: list[torch.Tensor] | tuple[None, None, None]):
         """forward() in the number format of the computation: weights are cast once, gradients reach the originals."""
@@ -959,7 +1053,8 @@ class Dreamer(nn.Module):
         """The whole objective. noise: uniform numbers for posterior, dreams and actions, or Nones for modes.
         Returns the loss (), metrics (0-d tensors, no gradient) and the posterior (deter, class indices)."""
         args = self.args
-        losses, (deter, stoch, _), metrics = self.wm.loss(data, noise[0], args.gamma, args.free_nats)
+        gamma = args.gamma if args.contdisc else 1.0  # the discount of the continue target
+        losses, (deter, stoch, _), metrics = self.wm.loss(data, noise[0], gamma, args.free_nats)
         imag_losses, returns, imag_metrics = self.imagination_loss(deter.flatten(0, 1), stoch.flatten(0, 1), *noise[1:])
         losses |= {k: x.mean(1).unflatten(0, deter.shape[:2]) for k, x in imag_losses.items()}
         losses["repval"] = self.replay_value_loss(data, features(deter, stoch), returns[:, 0].view(deter.shape[:2]))
@@ -979,10 +1074,10 @@ class Dreamer(nn.Module):
 
         with torch.no_grad():  # REINFORCE needs no gradient through the dream
             horizon = self.args.imagination_horizon
-            deter, stoch, action = self.wm.rssm.imagine(deter, stoch, policy, horizon, z_noise)
+            deter, stoch, action = self.wm.rssm.imagine(deter.detach(), stoch.detach(), policy, horizon, z_noise)
             feat = features(deter, stoch)  # (N, H + 1, F)
             reward = SymexpTwoHot(self.wm.reward(feat)).pred()
-            cont = self.wm.cont(feat)[..., 0].float().sigmoid()
+            cont = self.wm.cont(feat)[..., 0].float().sigmoid() * (1.0 if self.args.contdisc else self.args.gamma)
             slow_value = self.slow_critic(feat).pred()
             weight = cont.cumprod(1)  # how likely the dream still goes on; at the start, whether x was terminal
         critic, dist = self.critic(feat), self.actor(feat[:, :-1])
@@ -1022,7 +1117,11 @@ class Dreamer(nn.Module):
                 "learn_rng": self.learn_rng.get_state()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
+        group, saved = self.optimizer.param_groups[0], state["optimizer"]
+        for p, averages in zip(group["params"], saved["state"].values()):  # in place: a CUDA graph knows the addresses
+            for name, value in averages.items():
+                self.optimizer.state[p][name].copy_(value)
+        group["updates"].copy_(saved["param_groups"][0]["updates"])
         for name in ("act_rng", "learn_rng"):
             getattr(self, name).set_state(state[name].cpu())
 
@@ -1089,10 +1188,12 @@ def save_dreams(agent: Dreamer, buffer: ReplayBuffer, writer: Any, run_dir: Path
         proto = Summary.Image(height=image.height, width=image.width, encoded_image_string=path.read_bytes())
         writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=f"dreams/{key}", image=proto)]), step)
 
-def save_run(run_dir: Path, agent: Dreamer, buffer: ReplayBuffer, counters: dict[str, Any]) -> None:
-    """Writes agent.pt and replay.pt; each replaces the last one only when it is complete."""
+def save_run(run_dir: Path, agent: Dreamer, buffer: ReplayBuffer, counters: dict[str, Any],
+             replay_file: str = "replay.pt") -> None:
+    """Writes the replay and, but for torchrun's later processes, agent.pt; each replaces the last one when complete."""
     agent_state = {"agent": agent.state_dict(), "args": dataclasses.asdict(agent.args), "counters": counters}
-    for name, content in (("replay.pt", buffer.state_dict()), ("agent.pt", agent_state)):
+    contents = {replay_file: buffer.state_dict()} | ({"agent.pt": agent_state} if replay_file == "replay.pt" else {})
+    for name, content in contents.items():
         torch.save(content, run_dir / f"{name}.part")
         os.replace(run_dir / f"{name}.part", run_dir / name)
 
@@ -1103,14 +1204,17 @@ def load_file(run_dir: str | Path, name: str = "agent.pt") -> dict[str, Any]:
                          "started with --checkpoint-every")
     return torch.load(path, map_location="cpu", weights_only=True)
 
-def restore(agent: Dreamer, run_dir: str | Path) -> dict[str, Any]:
-    """Loads a saved agent into `agent`; returns the run's counters. Raises InputError if it does not fit."""
+def restore(agent: Dreamer, run_dir: str | Path, rank: int = 0) -> dict[str, Any]:
+    """Loads a saved agent into `agent`; returns the run's counters. Raises InputError if it does not fit.
+    The generators saved are those of the first process; the others begin new ones."""
     saved = load_file(run_dir)
     try:
         agent.load_state_dict(saved["agent"])
     except (RuntimeError, ValueError) as error:
         raise InputError(f"the agent in {run_dir} does not fit these arguments, resume it with its own env_id, size "
                          f"and image_size: {str(error).splitlines()[-1].strip()}") from None
+    for i, rng in enumerate((agent.act_rng, agent.learn_rng) if rank else ()):
+        rng.manual_seed(agent.args.seed + 2 * rank + i + saved["counters"]["updates"])
     return saved["counters"]
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -1128,89 +1232,105 @@ def parse_args(argv: list[str] | None = None) -> Args:
 # ----------------------------------------------------------------------------------------------------------------- main
 
 def main(args: Args) -> dict[str, Any]:
-    """Trains (or plays, with args.evaluate) and returns what summary.json holds. Raises InputError for bad input."""
+    """Trains (or plays, with args.evaluate) and returns what summary.json holds. Raises InputError for bad input.
+    Under torchrun every process has its own environments and replay; all take the same steps, the first one logs."""
     args.check()
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.cuda and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if ranks > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if args.cuda and torch.cuda.is_available() else "gloo")
+    random.seed(args.seed + rank)
+    np.random.seed(args.seed + rank)
+    torch.manual_seed(args.seed)  # the same weights in every process
     torch.backends.cudnn.deterministic = True
-    torch.set_num_threads(args.threads or max(1, (os.cpu_count() or 2) // 2))
+    torch.set_num_threads(args.threads or max(1, (os.cpu_count() or 2) // 2 // ranks))
     name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.resume or args.evaluate or f"runs/{name}")
+    names = [args.resume or args.evaluate or f"runs/{name}"]
+    if ranks > 1:
+        dist.broadcast_object_list(names)
+    run_dir, replay_file = Path(names[0]), f"replay{rank or ''}.pt"
     if args.resume or args.evaluate:
         load_file(run_dir)  # fails before anything is made
 
-    n, record = (1, False) if args.evaluate else (args.num_envs, args.capture_video)
-    envs = gym.wrappers.vector.RecordEpisodeStatistics(make_vector_env(args, n, run_dir.name, record))
+    n, record = (1, False) if args.evaluate else (args.num_envs, args.capture_video and rank == 0)
+    envs = make_vector_env(args, n, run_dir.name, record)
     agent = Dreamer(envs.single_observation_space, envs.single_action_space, args)
-    counters = restore(agent, run_dir) if args.resume or args.evaluate else dict(global_step=0, updates=0, seconds=0.0)
+    counters = dict(global_step=0, updates=0, seconds=0.0, ranks=ranks)
+    if args.resume or args.evaluate:
+        counters = restore(agent, run_dir, rank)
     if args.evaluate:
         envs.close()
         returns = evaluate(agent, args, args.eval_episodes, run_dir.name, args.deterministic, args.capture_video)
         print(f"{run_dir}: return {np.mean(returns):.2f} ± {np.std(returns):.2f} over {len(returns)} episodes")
         return {"eval_return_mean": np.mean(returns), "eval_return_std": np.std(returns), "eval_returns": returns}
-    capacity = min(args.buffer_size, max(args.total_timesteps, (args.batch_length + 1) * n))
-    buffer = ReplayBuffer(capacity, n, args.batch_length, agent.replay_specs(), args.seed)
+    if counters["ranks"] != ranks:
+        raise InputError(f"{run_dir} was run by {counters['ranks']} processes and not by {ranks}: resume it with "
+                         f"torchrun --nproc-per-node {counters['ranks']}")
+    capacity = max(min(args.buffer_size, args.total_timesteps) // ranks, (args.batch_length + 1) * n)
+    where = args.buffer_device if agent.device.type == "cuda" else "cpu"
+    buffer = ReplayBuffer(capacity, n, args.batch_length, agent.replay_specs(), args.seed + rank, where)
     if args.resume:
-        buffer.load_state_dict(load_file(run_dir, "replay.pt"))
+        buffer.load_state_dict(load_file(run_dir, replay_file))
 
     from torch.utils.tensorboard import SummaryWriter  # after all that can complain, so that nothing is left over
     from tqdm import tqdm
-    if args.track:
-        with explain_failure("--track", "wandb"):
-            import wandb
-        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, config=vars(args),
-                   name=run_dir.name, monitor_gym=True, save_code=True)
     run_dir.mkdir(parents=True, exist_ok=True)
-    writer = SummaryWriter(str(run_dir))
-    writer.add_text("hyperparameters", "|param|value|\n|-|-|" + "".join(f"\n|{k}|{v}|" for k, v in vars(args).items()))
-    print(*(f"{k} = {v}" for k, v in vars(args).items()), sep="\n")
-    print(f"{run_dir}: {sum(p.numel() for p in agent.parameters() if p.requires_grad):,} parameters on {agent.device}; "
-          f"replay of {capacity:,} steps, {buffer.bytes_per_step:,} bytes each, "
-          f"{capacity * buffer.bytes_per_step / 2**30:.2f} GiB when full")
+    writer = None
+    if rank == 0:
+        if args.track:
+            with explain_failure("--track", "wandb"):
+                import wandb
+            wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True,
+                       config=vars(args), name=run_dir.name, monitor_gym=True, save_code=True)
+        writer = SummaryWriter(str(run_dir))
+        table = "".join(f"\n|{k}|{v}|" for k, v in vars(args).items())
+        writer.add_text("hyperparameters", f"|param|value|\n|-|-|{table}")
+        print(*(f"{k} = {v}" for k, v in vars(args).items()), sep="\n")
+        print(f"{run_dir}: {sum(p.numel() for p in agent.learned):,} parameters on {ranks} × {agent.device}; replay of "
+              f"{capacity:,} steps on {buffer.device}, {buffer.bytes_per_step:,} bytes each, "
+              f"{capacity * buffer.bytes_per_step / 2**30:.2f} GiB when full")
 
     first_step, first_updates, credit, start = counters["global_step"], counters["updates"], 0.0, time.time()
     step, updates, interrupted, state = first_step, first_updates, False, None
     episodes, eval_returns, metrics, no = [], [], {}, np.zeros(n, bool)
     arrived = dict(reward=np.zeros(n), is_first=~no, is_last=no, is_terminal=no)
-    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=None, smoothing=0.05)
+    returns, lengths = np.zeros(n), np.zeros(n, int)  # of the episodes that are going on
+    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=rank > 0 or None, smoothing=0.05)
 
     def due(every: int) -> bool:  # did the last step of all environments cross a multiple of `every`?
-        return every > 0 and step // every > (step - n) // every
+        return every > 0 and step // every > (step - n * ranks) // every
 
     def log(values: dict[str, Any]) -> None:
-        for tag, value in values.items():
+        for tag, value in values.items() if writer else ():
             writer.add_scalar(tag, float(value), step)
 
     def play() -> list[float]:
-        returns = evaluate(agent, args, args.eval_episodes, run_dir.name, args.deterministic)
-        log({"eval/episodic_return": np.mean(returns)})
-        tqdm.write(f"global_step={step}, eval_return={np.mean(returns):.2f} ± {np.std(returns):.2f}")
-        return returns
+        if rank > 0:
+            return []
+        scores = evaluate(agent, args, args.eval_episodes, run_dir.name, args.deterministic)
+        log({"eval/episodic_return": np.mean(scores)})
+        tqdm.write(f"global_step={step}, eval_return={np.mean(scores):.2f} ± {np.std(scores):.2f}")
+        return scores
 
     def progress() -> dict[str, Any]:
         seconds = time.time() - start  # of this part of the run; speeds are of it alone
-        return {"global_step": step, "updates": updates, "seconds": counters["seconds"] + seconds,
+        return {"global_step": step, "updates": updates, "seconds": counters["seconds"] + seconds, "ranks": ranks,
                 "sps": (step - first_step) / seconds, "updates_per_second": (updates - first_updates) / seconds}
 
     try:
-        obs, _ = envs.reset(seed=args.seed + step)
+        obs, _ = envs.reset(seed=args.seed + step + 1000 * rank)
         while step < args.total_timesteps:
             # 1. act
             action, state = agent.act(obs, state, arrived["is_first"])
             # 2. store what arrived and what was chosen
             buffer.add({k: arrived[k] if k in arrived else state[k] for k in buffer.data})
-            # 3. step
-            obs, reward, terminated, truncated, info = envs.step(action)
-            is_last = terminated | truncated
-            arrived = dict(reward=reward, is_first=arrived["is_last"], is_last=is_last, is_terminal=terminated)
-            step += n
-            if not np.isfinite(reward).all():
-                raise InputError(f"reward {reward[~np.isfinite(reward)][0]} at step {step}: make the environment "
-                                 "return finite rewards, for example with gymnasium.wrappers.TransformReward")
+            # 3. step: workers do so during the updates, and so does this process while a GPU computes them
+            if workers := isinstance(envs, gym.vector.AsyncVectorEnv):
+                envs.step_async(action)
             # 4. update train_ratio / (B·T) times for every environment step
             left = max(0.0, 1 - step / args.total_timesteps) if args.anneal_lr else 1.0
-            agent.optimizer.param_groups[0]["lr"] = args.learning_rate * left
+            agent.optimizer.param_groups[0]["lr"].fill_(args.learning_rate * left)
             if len(buffer) >= max(args.batch_size * args.batch_length, n * buffer.window):
                 credit += n * args.train_ratio / (args.batch_size * args.batch_length)
             for _ in range(int(credit)):
@@ -1219,26 +1339,39 @@ def main(args: Args) -> dict[str, Any]:
                 buffer.write_back(batch, deter=batch["deter"], stoch=batch["stoch"])
                 updates += 1
             credit -= int(credit)
+            obs, reward, terminated, truncated, _ = envs.step_wait() if workers else envs.step(action)
+            if not np.isfinite(reward).all():
+                raise InputError(f"reward {reward[~np.isfinite(reward)][0]} at step {step}: make the environment "
+                                 "return finite rewards, for example with gymnasium.wrappers.TransformReward")
+            step += n * ranks
             # 5. log
-            bar.update(n)
-            for i in np.flatnonzero(info.get("_episode", [])):
-                episodes.append(float(info["episode"]["r"][i]))
-                tqdm.write(f"global_step={step}, episodic_return={episodes[-1]:.2f}")
-                log({"charts/episodic_return": episodes[-1], "charts/episodic_length": info["episode"]["l"][i]})
+            lengths += ~arrived["is_last"]  # the step after an episode's last only resets
+            returns += reward
+            arrived = dict(reward=reward, is_first=arrived["is_last"], is_last=terminated | truncated,
+                           is_terminal=terminated)
+            bar.update(n * ranks)
+            for i in np.flatnonzero(arrived["is_last"]):
+                episodes.append(float(returns[i]))
+                if rank == 0:
+                    tqdm.write(f"global_step={step}, episodic_return={episodes[-1]:.2f}")
+                log({"charts/episodic_return": returns[i], "charts/episodic_length": lengths[i]})
+                returns[i] = lengths[i] = 0
             if due(args.log_every) and metrics:
-                now = progress()
-                log({**metrics, "charts/SPS": now["sps"], "charts/updates_per_second": now["updates_per_second"],
+                means = torch.stack([x.float() for x in metrics.values()])
+                average_over_processes([means])
+                now, values = progress(), dict(zip(metrics, means.tolist()))
+                log({**values, "charts/SPS": now["sps"], "charts/updates_per_second": now["updates_per_second"],
                      "charts/replay_size": len(buffer), "charts/replay_bytes": len(buffer) * buffer.bytes_per_step})
                 bar.set_postfix(updates_s=f"{now['updates_per_second']:.1f}", returns=np.round(episodes[-3:], 1))
-                if not np.isfinite(total := float(metrics["losses/total"])):
+                if not np.isfinite(total := values["losses/total"]):
                     raise InputError(f"the loss became {total} at step {step}: lower --learning-rate, or --resume from "
                                      "the last checkpoint")
-            if due(args.video_every) and metrics:
+            if due(args.video_every) and metrics and writer:
                 save_dreams(agent, buffer, writer, run_dir, step)
             if due(args.eval_every):
                 eval_returns = play()
             if due(args.checkpoint_every):
-                save_run(run_dir, agent, buffer, progress())
+                save_run(run_dir, agent, buffer, progress(), replay_file)
     except KeyboardInterrupt:
         interrupted = True
         tqdm.write("interrupted: saving")
@@ -1246,8 +1379,8 @@ def main(args: Args) -> dict[str, Any]:
         bar.close()
         end = progress()
         if args.save_model and np.isfinite(float(metrics.get("losses/total", 0))):  # never in place of healthy weights
-            save_run(run_dir, agent, buffer, end)
-        envs.close(**({"terminate": True} if isinstance(envs.unwrapped, gym.vector.AsyncVectorEnv) else {}))
+            save_run(run_dir, agent, buffer, end, replay_file)
+        envs.close(**({"terminate": True} if isinstance(envs, gym.vector.AsyncVectorEnv) else {}))
         if not interrupted and sys.exc_info()[0] is None:
             eval_returns = play()
         mean, std = (float(f(eval_returns)) if eval_returns else None for f in (np.mean, np.std))
@@ -1256,10 +1389,11 @@ def main(args: Args) -> dict[str, Any]:
             "eval_return_std": std, "eval_returns": eval_returns, "args": vars(args),
             "device": torch.cuda.get_device_name() if agent.device.type == "cuda" else platform.processor() or "cpu",
             "versions": {"python": platform.python_version(), **{m.__name__: m.__version__ for m in (torch, np, gym)}}}
-        (run_dir / "summary.json").write_text(json.dumps(summary, indent=2))
-        writer.close()
-    result = f"evaluation return {mean:.2f} ± {std:.2f}" if eval_returns else "no evaluation"
-    print(f"{run_dir}: {step:,} steps, {updates:,} updates, {end['seconds']:.0f} s, {result}")
+        if writer:
+            (run_dir / "summary.json").write_text(json.dumps(summary, indent=2))
+            writer.close()
+            result = f"evaluation return {mean:.2f} ± {std:.2f}" if eval_returns else "no evaluation"
+            print(f"{run_dir}: {step:,} steps, {updates:,} updates, {end['seconds']:.0f} s, {result}")
     return summary
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ A test's name is the sentence that it proves, and each compares with something i
 author's code, torch.distributions, a naive loop, a closed form, a stream of integers, an environment whose optimum is
 known. RUN_SLOW=1 adds further seeds of the learning tests; tests marked `cuda` run where there is a GPU.
 """
+import contextlib
 import dataclasses
-import io
 import itertools
 import json
 import os
@@ -343,7 +343,7 @@ def test_one_hot_samples_have_the_mixed_frequencies_and_a_straight_through_gradi
     torch.manual_seed(0)
     logits = (2 * torch.randn(3, 5)).requires_grad_()
     reference, dist, n = mixed(logits, unimix).base_dist, D.OneHot(logits, unimix), 10_000
-    uniform = ((torch.arange(n) + 0.5) / n)[:, None, None].expand(n, 3, 1)  # a fine grid: the frequencies are exact to 1/n
+    uniform = ((torch.arange(n) + 0.5) / n)[:, None, None].expand(n, 3, 1)  # a fine grid: exact to 1/n
     sample = D.OneHot(logits.expand(n, 3, 5), unimix).sample(uniform)
     close(sample.mean(0), reference.probs, atol=2 / n)
     close(sample.sort(-1).values, torch.tensor([0.0, 0, 0, 0, 1]).expand(n, 3, 5), atol=1e-6)
@@ -351,7 +351,8 @@ def test_one_hot_samples_have_the_mixed_frequencies_and_a_straight_through_gradi
     equal(dist.sample(torch.zeros(3, 1)).argmax(-1), torch.zeros(3).long())
     equal(dist.sample(torch.full((3, 1), 1 - 2**-24)).argmax(-1), torch.full((3,), 4))  # rounding stays inside
     weights = torch.randn(3, 5)
-    close(*(torch.autograd.grad((weights * x).sum(), logits)[0] for x in (dist.sample(torch.rand(3, 1)), reference.probs)))
+    sample = dist.sample(torch.rand(3, 1))
+    close(*(torch.autograd.grad((weights * x).sum(), logits)[0] for x in (sample, reference.probs)))
     index = torch.tensor([0, 4, 2])
     close(dist.log_prob(F.one_hot(index, 5).float()), reference.log_prob(index))
     close(dist.entropy(), reference.entropy())
@@ -1153,6 +1154,8 @@ def act_on(value, space=VECTOR):
     "batch_length beyond the buffer": (
         lambda: make_agent(buffer_size=100, num_envs=4, batch_length=25), "batch_length 25.*104"),
     "a replay of too few rows": (lambda: D.ReplayBuffer(100, 4, 25, {}), "batch_length 25.*25 steps"),
+    "a replay that no memory holds": (
+        lambda: D.ReplayBuffer(10**13, 4, 8, {"obs": ((64, 64, 3), torch.uint8)}), "GiB.*--buffer-size to [0-9]+$"),
     "an early sample": (lambda: integers(steps=4).sample(1), "holds 4 steps"),
     "an unknown size": (lambda: D.Args(size="13m").check(), "13m.*12m"),
     "an image size that does not fit": (lambda: D.Args(image_size=40).check(), "image_size 40"),
@@ -1202,6 +1205,110 @@ class NaNReward(Lengths):
 gym.register("test/Lengths-v0", Lengths)
 gym.register("test/Echo-v0", Echo)
 gym.register("test/NaNReward-v0", NaNReward)
+
+
+# ------------------------------------------------------------------------------------------- compiled, captured, spread
+
+
+def train_on_a_share(rank, ranks, folder):
+    """Twenty updates of one of `ranks` processes on its share of a fixed batch and noise; saves what it learned."""
+    batch = batch_of(make_agent(perturb=0.1), size=8)  # before the processes meet and get noise of their own
+    if ranks > 1:
+        torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=ranks)
+    agent, rng = make_agent(), torch.Generator().manual_seed(3)
+    agent.optimizer.param_groups[0]["eps"] = 1e-3  # or the sign of rounding would move weights without a gradient
+    share = slice(4 * rank, 4 * rank + 4) if ranks > 1 else slice(None)
+    data = agent.prepare({k: v[share] for k, v in batch.items()})
+    for _ in range(20):
+        shapes = (8, 8, TINY.latents, 1), (8, 8, 5, TINY.latents, 1), (8, 8, 6, agent.actions.noise)
+        noise = [torch.rand(shape, generator=rng)[share] for shape in shapes]
+        agent.learn(data, [noise[0], *(x.flatten(0, 1) for x in noise[1:])])
+    torch.save({**dict(agent.named_parameters()), "range": agent.retnorm.range}, f"{folder}/{ranks}.{rank}.pt")
+
+
+def test_two_processes_learn_what_one_learns_from_both_their_batches_and_stay_identical(tmp_path):
+    torch.multiprocessing.spawn(train_on_a_share, (2, str(tmp_path)), nprocs=2)
+    train_on_a_share(0, 1, str(tmp_path))
+    first, second, whole = (torch.load(tmp_path / f"{name}.pt") for name in ("2.0", "2.1", "1.0"))
+    for name in whole:
+        equal(first[name], second[name])
+        close(first[name], whole[name], rtol=1e-4, atol=1e-5)
+    alone = make_agent()
+    assert max((whole[k] - p).abs().max() for k, p in alone.named_parameters()) > 5e-3  # and it had learned
+
+
+def test_torchrun_spreads_a_run_over_processes_and_only_as_many_resume_it(folder):
+    flags = ["--env-id", "CartPole-v1", "--size", "1m", "--num-envs", "2", "--batch-size", "2", "--batch-length", "8",
+             "--train-ratio", "4", "--eval-episodes", "2", "--threads", "1", "--no-cuda", "--video-every", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", D.__file__, *flags]
+    for more in (["--total-timesteps", "120"], ["--total-timesteps", "160"]):
+        done = subprocess.run([*torchrun, *more], capture_output=True, text=True, timeout=170)
+        assert done.returncode == 0, done.stderr
+        run, = (folder / "runs").iterdir()
+        summary = json.loads((run / "summary.json").read_text())
+        assert summary["global_step"] == int(more[1]) and summary["ranks"] == 2 and len(summary["eval_returns"]) == 2
+        replays = [D.load_file(run, name) for name in ("replay.pt", "replay1.pt")]
+        assert [r["count"] for r in replays] == [int(more[1]) // 4] * 2
+        assert not torch.equal(*(r["data"]["obs/obs"] for r in replays))
+        torchrun += ["--resume", str(run)]
+    with pytest.raises(D.InputError, match="2 processes"):
+        D.main(D.parse_args(["--resume", str(run), "--total-timesteps", "200"]))
+
+
+@slow
+def test_compiled_updates_are_the_eager_ones():
+    eager, compiled = (make_agent(perturb=0.1, compile=on) for on in (False, True))
+    batch = batch_of(make_agent(perturb=0.1))
+    for _ in range(20):
+        results = [agent.update(dict(batch)) for agent in (eager, compiled)]
+    for name in results[0]:
+        close(results[1][name], results[0][name], rtol=1e-2, atol=1e-3)
+    for a, b in zip(eager.parameters(), compiled.parameters()):
+        close(b, a, rtol=1e-3, atol=1e-3)
+
+
+def test_a_function_that_cannot_be_captured_is_run_as_it_is_with_one_warning(monkeypatch):
+    class NoGraph:
+        def __init__(self, graph):
+            raise RuntimeError("operation not permitted")
+
+    Nothing = type("Nothing", (), {"__init__": lambda *_: None, "wait_stream": lambda *_: None})
+    for name, value in dict(graph=NoGraph, CUDAGraph=Nothing, Stream=Nothing, current_stream=Nothing,
+                            stream=lambda _: contextlib.nullcontext()).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    double = D.Captured(lambda tree, y: (2 * tree["x"], y + 1), on=True)
+    with pytest.warns(UserWarning, match="not permitted") as warned:
+        for i in range(5):
+            a, b = double({"x": torch.tensor([float(i)])}, torch.tensor(i))
+            assert (a.item(), b.item()) == (2 * i, i + 1)
+    assert len(warned) == 1
+
+
+@cuda
+def test_captured_updates_are_the_eager_ones_and_draw_new_noise_every_time():
+    agents = [make_agent(perturb=0.1, cuda=True, compile=False, cuda_graph=on) for on in (False, True)]
+    batch = {k: v.cpu() for k, v in batch_of(make_agent(perturb=0.1)).items()}
+    for i in range(20):
+        results = [agent.update(dict(batch)) for agent in agents]
+    assert next(iter(agents[1].fast_learn.graphs.values()))["graph"] is not None
+    for name in results[0]:
+        close(results[1][name], results[0][name], rtol=1e-3, atol=1e-4)
+    for a, b in zip(*(agent.parameters() for agent in agents)):
+        close(b, a, rtol=1e-3, atol=1e-4)
+    obs = np.zeros((64, 3), np.float32)
+    actions = [agents[1].act(obs, None, np.ones(64, bool))[0] for _ in range(8)]
+    assert len({a.tobytes() for a in actions}) == 8
+
+
+@cuda
+def test_a_replay_on_the_gpu_gives_the_windows_of_one_on_the_cpu():
+    specs = {"t": ((), torch.int64), "is_last": ((), torch.bool)}
+    replays = [D.ReplayBuffer(60, 3, 4, specs, device=device) for device in ("cpu", "cuda")]
+    for t in range(33):
+        for replay in replays:
+            replay.add({"t": np.full(3, t), "is_last": np.zeros(3, bool)})
+    a, b = (replay.sample(16) for replay in replays)
+    assert b["t"].is_cuda and torch.equal(a["t"], b["t"].cpu())
 
 
 def run_args(**values):
