@@ -31,6 +31,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -143,7 +144,7 @@ class Args:
     anneal_lr: bool = False  # lower the step size linearly to zero over total_timesteps, which the reference does not
     agc: float = 0.3  # adaptive gradient clipping: a tensor's gradient may have this fraction of the tensor's own norm
     imagination_horizon: int = 15  # steps of a dream
-    gamma: float = 1 - 1 / 333  # discount
+    gamma: float = 1 - 1 / 333  # discount of what comes one step later
     return_lambda: float = 0.95  # lambda of the returns: 0 trusts the critic after one step, 1 only at the horizon
     ent_coef: float = 3e-4  # weight of the policy's entropy
     tau: float = 0.02  # fraction by which the slow critic follows the critic after every update
@@ -464,14 +465,18 @@ class SymexpTwoHot:
     def pred(self) -> torch.Tensor:
         """Mean (…). Bins of opposite sign are summed in pairs, so that zero logits give exactly 0."""
         probs, middle = self.logits.softmax(-1), self.bins.shape[0] // 2
-        return ((probs[..., middle + 1 :] - probs[..., :middle].flip(-1)) * self.bins[middle + 1 :]).sum(-1)
+        return (probs[..., middle + 1 :] - probs[..., :middle].flip(-1)) @ self.bins[middle + 1 :]
+
+    @functools.cached_property  # one pass for all targets
+    def logp(self) -> torch.Tensor:
+        return self.logits.log_softmax(-1)
 
     def loss(self, target: torch.Tensor) -> torch.Tensor:
         """Cross-entropy (…) to `target` (…), split between its neighbouring bins linearly in raw (not symlog) space."""
         target = target.float().clamp(self.bins[0], self.bins[-1])
         below = (torch.searchsorted(self.bins, target, right=True) - 1).clamp(0, self.bins.shape[0] - 2)
         weight = (target - self.bins[below]) / (self.bins[below + 1] - self.bins[below])
-        low, high = self.logits.log_softmax(-1).gather(-1, torch.stack([below, below + 1], -1)).unbind(-1)
+        low, high = self.logp.gather(-1, torch.stack([below, below + 1], -1)).unbind(-1)
         return -(1 - weight) * low - weight * high
 
 class OneHot:
@@ -1107,7 +1112,7 @@ class Dreamer(nn.Module):
         lam = (~data["is_last"]).float() * self.args.return_lambda  # what follows an episode's end is another's
         returns = lambda_return(data["reward"], bootstrap, discount, lam)
         with torch.no_grad():
-            slow_value = self.slow_critic(feat[:, :-1]).pred()
+            slow_value = self.slow_critic(feat[:, :-1].detach()).pred()
         critic = self.critic(feat[:, :-1])
         return (~data["is_last"][:, :-1]).float() * (critic.loss(returns) + critic.loss(slow_value))
 

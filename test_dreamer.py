@@ -1470,9 +1470,14 @@ def test_help_explains_every_argument():
     text = command("--help").stdout.replace("\n", " ")
     for field in dataclasses.fields(D.Args):
         assert "--" + field.name.replace("_", "-") in text or "--no-" + field.name.replace("_", "-") in text, field.name
-    source = Path(D.__file__).read_text()
-    body = source[source.index("class Args:"): source.index("    @classmethod\n    def preset")]
-    assert body.count("  # ") >= 0
+    lines = Path(D.__file__).read_text().split("class Args:")[1].split("@classmethod")[0].splitlines()
+    fields = {f.name for f in dataclasses.fields(D.Args)}
+    for above, line in zip(lines, lines[1:]):
+        if line.strip().split(":")[0] in fields:  # a comment behind the field or above it
+            fields.remove(line.strip().split(":")[0])
+            comment = line.split("  # ")[1] if "  # " in line else above.strip().removeprefix("# ")
+            assert len(comment.split()) > 2 and " ".join(comment.split()[:3]) in " ".join(text.split()), line
+    assert not fields
 
 
 @cuda
