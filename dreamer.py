@@ -1062,12 +1062,13 @@ class Dreamer(nn.Module):
         losses, (deter, stoch, _), metrics = self.wm.loss(data, noise[0], gamma, args.free_nats)
         imag_losses, returns, imag_metrics = self.imagination_loss(deter.flatten(0, 1), stoch.flatten(0, 1), *noise[1:])
         losses |= {k: x.mean(1).unflatten(0, deter.shape[:2]) for k, x in imag_losses.items()}
-        losses["repval"] = self.replay_value_loss(data, features(deter, stoch), returns[:, 0].view(deter.shape[:2]))
+        losses["repval"], real_return = self.replay_value_loss(
+            data, features(deter, stoch), returns[:, 0].view(deter.shape[:2]))
         scales = dict(dyn=args.dyn_scale, rep=args.rep_scale, rec=1, rew=1, con=1, policy=1, value=1,
                       repval=args.repval_scale)
         assert losses.keys() == scales.keys(), (losses.keys(), scales.keys())
         loss = sum(scales[k] * x.mean() for k, x in losses.items())
-        metrics |= imag_metrics | {"real_reward": data["reward"].mean()}
+        metrics |= imag_metrics | {"real_reward": data["reward"].mean(), "real_return": real_return.mean()}
         report = {f"losses/{k}": x.mean().detach() for k, x in (losses | {"total": loss}).items()}
         report |= {f"diagnostics/{k}": x.detach().clone() for k, x in metrics.items()}
         return loss, report, (deter.detach(), stoch.detach().argmax(-1))
@@ -1105,16 +1106,16 @@ class Dreamer(nn.Module):
             adv_std=advantage.std(correction=0), ret_min=normed.min(), ret_max=normed.max(), ret_low=low, ret_high=high)
         return losses, returns, metrics
 
-    def replay_value_loss(self, data: dict[str, Any], feat: torch.Tensor, bootstrap: torch.Tensor) -> torch.Tensor:
-        """Critic loss (B, T - 1) on real rewards, with gradient into the world model. bootstrap (B, T): the return of
-        the dream that began at each step stands for its value."""
+    def replay_value_loss(self, data: dict[str, Any], feat: torch.Tensor, bootstrap: torch.Tensor):
+        """Critic loss and λ-returns (B, T - 1) on real rewards, with gradient into the world model. bootstrap (B, T): the
+        return of the dream that began at each step stands for its value."""
         discount = (~data["is_terminal"]).float() * self.args.gamma
         lam = (~data["is_last"]).float() * self.args.return_lambda  # what follows an episode's end is another's
         returns = lambda_return(data["reward"], bootstrap, discount, lam)
         with torch.no_grad():
             slow_value = self.slow_critic(feat[:, :-1].detach()).pred()
         critic = self.critic(feat[:, :-1])
-        return (~data["is_last"][:, :-1]).float() * (critic.loss(returns) + critic.loss(slow_value))
+        return (~data["is_last"][:, :-1]).float() * (critic.loss(returns) + critic.loss(slow_value)), returns
 
     def get_extra_state(self) -> dict[str, Any]:
         """What state_dict holds beside weights and buffers: the optimizer's averages and the generators."""
@@ -1266,7 +1267,8 @@ def main(args: Args) -> dict[str, Any]:
         counters = restore(agent, run_dir, rank)
     if args.evaluate:
         envs.close()
-        returns = evaluate(agent, args, args.eval_episodes, run_dir.name, args.deterministic, args.capture_video)
+        returns = evaluate(agent, args, args.eval_episodes, f"{run_dir.name}__evaluation", args.deterministic,
+                           args.capture_video)
         print(f"{run_dir}: return {np.mean(returns):.2f} ± {np.std(returns):.2f} over {len(returns)} episodes")
         return {"eval_return_mean": np.mean(returns), "eval_return_std": np.std(returns), "eval_returns": returns}
     if counters["ranks"] != ranks:
@@ -1287,7 +1289,7 @@ def main(args: Args) -> dict[str, Any]:
             with explain_failure("--track", "wandb"):
                 import wandb
             wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True,
-                       config=vars(args), name=run_dir.name, monitor_gym=True, save_code=True)
+                       config=vars(args), name=run_dir.name, save_code=True)  # monitor_gym knows only the old Gym
         writer = SummaryWriter(str(run_dir))
         table = "".join(f"\n|{k}|{v}|" for k, v in vars(args).items())
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|{table}")

@@ -213,7 +213,7 @@ def test_losses_states_and_two_updates_are_those_of_the_official_code(case):
     imag, returns, _ = agent.imagination_loss(deter.flatten(0, 1), stoch.flatten(0, 1), None, None)
     agent.retnorm.range.copy_(range_of("param"))  # the first update comes below
     losses |= {k: x.mean(1).view(3, 8) for k, x in imag.items()}
-    losses["repval"] = agent.replay_value_loss(data, D.features(deter, stoch), returns[:, 0].view(3, 8))
+    losses["repval"], _ = agent.replay_value_loss(data, D.features(deter, stoch), returns[:, 0].view(3, 8))
     recon = agent.wm.decoder(deter.flatten(0, 1), stoch.flatten(0, 1))
     parts = agent.wm.decoder.loss(recon, {k: x.flatten(0, 1) for k, x in data["obs"].items()})
     close(losses.pop("rec"), sum(z[f"out/losses/{k}"] for k in spaces), rtol=1e-4)
@@ -478,7 +478,7 @@ def test_replay_value_loss_is_that_of_a_naive_loop_and_zero_where_an_episode_end
             "is_terminal": torch.zeros(2, 7, dtype=torch.bool)}
     data["is_last"][0, 2] = data["is_last"][1, 4] = data["is_terminal"][1, 4] = True
     feat, boot = torch.randn(2, 7, 94), torch.randn(2, 7)
-    loss = agent.replay_value_loss(data, feat, boot)
+    loss, returns = agent.replay_value_loss(data, feat, boot)
     assert loss.shape == (2, 6) and loss[0, 2] == loss[1, 4] == 0
     for b in range(2):
         target = boot[b, 6]
@@ -489,6 +489,7 @@ def test_replay_value_loss_is_that_of_a_naive_loop_and_zero_where_an_episode_end
             critic = agent.critic(feat[b, t])
             expected = critic.loss(target) + critic.loss(agent.slow_critic(feat[b, t]).pred())
             close(loss[b, t], 0.0 if data["is_last"][b, t] else expected, rtol=1e-4)
+            close(returns[b, t], target)
 
 
 # --------------------------------------------------------------------------------------------------------------- layers
@@ -668,7 +669,7 @@ def test_each_loss_moves_its_modules_and_no_other(name):
     data, noise = agent.prepare(batch), noise_of(agent, batch)
     losses, (deter, stoch, _), _ = agent.wm.loss(data, noise[0], agent.args.gamma, 0.0)
     imag, returns, _ = agent.imagination_loss(deter.flatten(0, 1), stoch.flatten(0, 1), *noise[1:])
-    losses |= imag | {"repval": agent.replay_value_loss(data, D.features(deter, stoch), returns[:, 0].view(4, 8))}
+    losses |= imag | {"repval": agent.replay_value_loss(data, D.features(deter, stoch), returns[:, 0].view(4, 8))[0]}
     assert losses.keys() == GRADIENTS.keys()
     wm, rssm = agent.wm, agent.wm.rssm
     modules = dict(encoder=wm.encoder, prior=rssm.prior, posterior=rssm.posterior, decoder=wm.decoder, reward=wm.reward,
