@@ -144,6 +144,7 @@ class Args:
     anneal_lr: bool = False  # lower the step size linearly to zero over total_timesteps, which the reference does not
     agc: float = 0.3  # adaptive gradient clipping: a tensor's gradient may have this fraction of the tensor's own norm
     imagination_horizon: int = 15  # steps of a dream
+    imag_last: int = 0  # dreams start from so many last steps of every sequence; 0: from all
     gamma: float = 1 - 1 / 333  # discount of what comes one step later
     return_lambda: float = 0.95  # lambda of the returns: 0 trusts the critic after one step, 1 only at the horizon
     ent_coef: float = 3e-4  # weight of the policy's entropy
@@ -152,6 +153,7 @@ class Args:
     free_nats: float = 1.0
     dyn_scale: float = 1.0  # weight of the loss that moves the prior to the posterior
     rep_scale: float = 0.1  # weight of the loss that moves the posterior to the prior
+    rec_scale: float = 1.0  # weight of the reconstruction loss
     repval_scale: float = 0.3  # weight of the critic's loss on replayed sequences
 
     @classmethod
@@ -994,6 +996,11 @@ class Dreamer(nn.Module):
     def noise(self, rng: torch.Generator, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
         return [torch.rand(shape, generator=rng, device=self.device) for shape in shapes]
 
+    def upload(self, x: np.ndarray) -> torch.Tensor:
+        """Array → tensor on the device, without waiting for the copy."""
+        x = torch.as_tensor(x)
+        return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x
+
     @torch.no_grad()
     def act(self, obs: Any, state: dict[str, Any] | None, is_first: np.ndarray, deterministic: bool = False):
         """Chooses actions for a batch of observations.
@@ -1005,8 +1012,8 @@ class Dreamer(nn.Module):
             deter, stoch = self.wm.rssm.initial(n, self.device)
             state = {"deter": deter, "onehot": stoch, "action": torch.zeros(n, self.actions.size, device=self.device)}
         noise = self.noise(self.act_rng, (n, 1, self.size.latents, 1), (n, self.actions.noise))
-        inputs = ({k: torch.as_tensor(x).to(self.device) for k, x in encoded.items()},
-                  *(state[k] for k in ("deter", "onehot", "action")), torch.as_tensor(is_first).to(self.device))
+        inputs = ({k: self.upload(x) for k, x in encoded.items()},
+                  *(state[k] for k in ("deter", "onehot", "action")), self.upload(is_first))
         with torch.compiler.set_stance("force_eager"):  # what is compiled is compiled for the shapes of learning
             out = self.respond(*inputs) if deterministic else [x.clone() for x in self.fast_respond(*inputs, *noise)]
         fresh = dict(zip(("deter", "onehot", "stoch", "action"), out))
@@ -1031,8 +1038,8 @@ class Dreamer(nn.Module):
         """One optimizer step on a batch of ReplayBuffer.sample: losses and diagnostics as 0-d tensors on the device.
         "deter" and "stoch" of `batch` then hold the fresh latents (B, T, …), for ReplayBuffer.write_back."""
         data, (b, t) = self.prepare(batch), batch["reward"][:, 1:].shape
-        h, s = self.args.imagination_horizon, self.size.latents
-        noise = self.noise(self.learn_rng, (b, t, s, 1), (b * t, h, s, 1), (b * t, h + 1, self.actions.noise))
+        h, s, n = self.args.imagination_horizon, self.size.latents, b * min(self.args.imag_last or t, t)
+        noise = self.noise(self.learn_rng, (b, t, s, 1), (n, h, s, 1), (n, h + 1, self.actions.noise))
         metrics, (batch["deter"], batch["stoch"]) = self.fast_learn(data, noise)
         return metrics
 
@@ -1060,11 +1067,14 @@ class Dreamer(nn.Module):
         args = self.args
         gamma = args.gamma if args.contdisc else 1.0  # the discount of the continue target
         losses, (deter, stoch, _), metrics = self.wm.loss(data, noise[0], gamma, args.free_nats)
-        imag_losses, returns, imag_metrics = self.imagination_loss(deter.flatten(0, 1), stoch.flatten(0, 1), *noise[1:])
-        losses |= {k: x.mean(1).unflatten(0, deter.shape[:2]) for k, x in imag_losses.items()}
+        end = slice(-args.imag_last or None, None)  # the steps that dreams start from
+        starts = deter[:, end], stoch[:, end]
+        imag_losses, returns, imag_metrics = self.imagination_loss(*(x.flatten(0, 1) for x in starts), *noise[1:])
+        losses |= {k: x.mean(1) for k, x in imag_losses.items()}
         losses["repval"], real_return = self.replay_value_loss(
-            data, features(deter, stoch), returns[:, 0].view(deter.shape[:2]))
-        scales = dict(dyn=args.dyn_scale, rep=args.rep_scale, rec=1, rew=1, con=1, policy=1, value=1,
+            {k: data[k][:, end] for k in ("reward", "is_last", "is_terminal")}, features(*starts),
+            returns[:, 0].view(starts[0].shape[:2]))
+        scales = dict(dyn=args.dyn_scale, rep=args.rep_scale, rec=args.rec_scale, rew=1, con=1, policy=1, value=1,
                       repval=args.repval_scale)
         assert losses.keys() == scales.keys(), (losses.keys(), scales.keys())
         loss = sum(scales[k] * x.mean() for k, x in losses.items())

@@ -680,12 +680,32 @@ def test_each_loss_moves_its_modules_and_no_other(name):
     assert {k for k, v in grads.items() if any(g.any() for g in v)} == set(GRADIENTS[name].split())
 
 
-def test_the_total_is_the_sum_of_the_mean_losses_times_their_scales():
-    agent = make_agent(perturb=0.1)
+@pytest.mark.parametrize("values", [{}, {"rec_scale": 7.0, "rep_scale": 0.2, "dyn_scale": 3.0, "repval_scale": 5.0}])
+def test_the_total_is_the_sum_of_the_mean_losses_times_their_scales(values):
+    agent = make_agent(perturb=0.1, **values)
     batch = batch_of(agent)
     _, metrics, _ = agent.loss(agent.prepare(batch), noise_of(agent, batch))
     scales = dict(rec=1, rew=1, con=1, dyn=1, rep=0.1, policy=1, value=1, repval=0.3)
+    scales |= {k.removesuffix("_scale"): v for k, v in values.items()}
     close(metrics["losses/total"], sum(v * metrics[f"losses/{k}"] for k, v in scales.items()), rtol=1e-5)
+
+
+def test_dreams_from_the_last_steps_only_leave_the_world_models_loss_and_shorten_those_of_actor_and_critic():
+    agent, short = make_agent(perturb=0.1), make_agent(perturb=0.1, imag_last=3)
+    batch = batch_of(agent)
+    data, (post, z, a) = agent.prepare(batch), noise_of(agent, batch)
+    last = [x.unflatten(0, (4, 8))[:, -3:].flatten(0, 1) for x in (z, a)]
+    (_, ours, _), (_, theirs, _) = short.loss(data, (post, *last)), agent.loss(data, (post, z, a))
+    for name in ("rec", "rew", "con", "dyn", "rep"):
+        equal(ours[f"losses/{name}"], theirs[f"losses/{name}"])
+    deter, stoch, _ = agent.wm.loss(data, post, agent.args.gamma, 1.0)[1]
+    agent.retnorm = type(agent.retnorm)()  # which moves with every call
+    dreams, returns, _ = agent.imagination_loss(deter[:, 5:].flatten(0, 1), stoch[:, 5:].flatten(0, 1), *last)
+    end = {k: data[k][:, 5:] for k in ("reward", "is_last", "is_terminal")}
+    dreams["repval"], _ = agent.replay_value_loss(end, D.features(deter, stoch)[:, 5:], returns[:, 0].view(4, 3))
+    for name, x in dreams.items():
+        close(ours[f"losses/{name}"], x.mean())
+    assert short.update(batch).keys() == agent.update(batch).keys()
 
 
 def test_image_vector_and_discrete_reconstruction_losses_are_sums_over_their_elements():
