@@ -4,6 +4,7 @@ A test's name is the sentence that it proves, and each compares with something i
 author's code, torch.distributions, a naive loop, a closed form, a stream of integers, an environment whose optimum is
 known. RUN_SLOW=1 adds further seeds of the learning tests; tests marked `cuda` run where there is a GPU.
 """
+import ast
 import contextlib
 import dataclasses
 import itertools
@@ -11,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import gymnasium as gym
@@ -19,9 +21,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.distributions import Categorical, Independent, kl_divergence
+from torch.utils._pytree import tree_map
 
 import dreamer as D
+import dreamer_marl as M
 
 torch.set_num_threads(1)  # tiny layers: a second thread costs twice the time, or more where cores are busy
 D.SIZES["tiny"] = TINY = D.Size(64, 16, 5, 2, 16, latents=6)
@@ -1505,3 +1510,1234 @@ def test_help_explains_every_argument():
 def test_a_run_on_the_gpu_ends_well(folder):
     summary = D.main(run_args(cuda=True))
     assert summary["global_step"] == 120 and summary["device"] != "cpu" and len(summary["eval_returns"]) == 3
+
+
+# ======================================================================================== dreamer_marl.py: what it adds
+
+M.SIZES["tiny"], TEAM = M.Size(*TINY), 2  # TEAM: latents of z_team in the tiny size, the last ones
+
+
+def team_values(**values):
+    return dict(size="tiny", team_latents=TEAM, cuda=False, precision="float32", warmup=0, learning_rate=1e-3,
+                imagination_horizon=4, image_size=48, num_envs=2, batch_length=8, batch_size=4, threads=1,
+                train_ratio=4, vectorization="sync", video_every=0, eval_episodes=4, log_every=20) | values
+
+
+def make_team(observations=VECTOR, actions=CHOICE, seats=3, seed=1, perturb=0.0, **values):
+    """A tiny agent; `perturb` adds noise to all weights, since heads that start at zero hide gradients and mistakes."""
+    torch.manual_seed(seed)
+    agent = M.Dreamer(observations, actions, M.Args(seed=seed, **team_values(**values)), seats)
+    with torch.no_grad():
+        for p in agent.parameters():
+            p.add_(perturb * torch.randn(p.shape))
+    return agent
+
+
+def team_batch(agent, b=4, t=8, seed=0):
+    """A batch as the replay gives it, drawn at random: all in the game, one end inside, discrete actions."""
+    rng = torch.Generator().manual_seed(seed)
+    a, k = agent.actions.size, agent.seats
+
+    def choices(*shape):
+        return F.one_hot(torch.randint(a, shape, generator=rng), a).float()
+
+    no = torch.zeros(b, t + 1, dtype=torch.bool)
+    batch = {"obs/obs": torch.randn(b, t + 1, 3, generator=rng), "action": choices(b, t + 1),
+             "teammates": choices(b, t + 1, k - 1), "reward": torch.randn(b, t + 1, generator=rng),
+             "active": torch.ones(b, t + 1, k - 1, dtype=torch.bool), "valid": ~no, "is_first": no.clone(),
+             "is_last": no.clone(), "is_terminal": no.clone(), "bayes": torch.full((b, t + 1, k - 1), float("nan")),
+             "deter": torch.randn(b, t + 1, 64, generator=rng).tanh(),
+             "stoch": torch.randint(5, (b, t + 1, 6), generator=rng).byte()}
+    if t > 4:
+        batch["is_last"][0, 4] = batch["is_terminal"][0, 4] = batch["is_first"][0, 5] = True
+    return batch
+
+
+def team_noise(agent, batch, seed=5):
+    (b, t), h = batch["reward"][:, 1:].shape, agent.args.imagination_horizon
+    shapes = (b, t, 6, 1), (b * t, h, 6, 1), (b * t, h + 1, agent.seats * agent.actions.noise)
+    return agent.noise(torch.Generator().manual_seed(seed), *shapes)
+
+
+def team_losses(agent, batch):
+    """Every loss, and the gradient of their sum."""
+    agent.retnorm.range.zero_()
+    loss, report, _ = agent.loss(agent.prepare(batch), team_noise(agent, batch))
+    agent.zero_grad()
+    loss.backward()
+    grads = {k: p.grad.clone() for k, p in agent.named_parameters() if p.grad is not None}
+    return {k: x for k, x in report.items() if k.startswith("losses/")}, grads
+
+
+class Toy:
+    """A ParallelEnv whose observation tells who sees it, when, and everyone's last action; agent i leaves after
+    `lives[i]` steps, by death if `lives[i]` < length. Rewards are 10 · time + number."""
+    metadata, render_mode, scripts = {}, None, ()
+
+    def __init__(self, lives=(6, 3, 6), length=6, truncate=False):
+        self.lives, self.length, self.truncate = lives, length, truncate
+        self.possible_agents = [f"agent_{i}" for i in range(len(lives))]
+
+    def observation_space(self, agent):
+        return Box(-np.inf, np.inf, (2 + len(self.lives),), np.float32)
+
+    def action_space(self, agent):
+        return Discrete(4)
+
+    def see(self, agents, actions):
+        last = [actions.get(name, -1) for name in self.possible_agents]
+        return {a: np.array([self.possible_agents.index(a), self.t, *last], np.float32) for a in agents}
+
+    def reset(self, seed=None, options=None):
+        self.t, self.agents = 0, list(self.possible_agents)
+        return self.see(self.agents, {}), {a: {} for a in self.agents}
+
+    def step(self, actions):
+        assert set(actions) == set(self.agents), (actions, self.agents)
+        self.t += 1
+        acted, over = self.agents, {a: self.t >= self.lives[self.possible_agents.index(a)] for a in self.agents}
+        timeout = {a: self.truncate and over[a] and self.t >= self.length for a in acted}
+        self.agents = [a for a in acted if not over[a]]
+        return (self.see(acted, actions), {a: 10.0 * self.t + self.possible_agents.index(a) for a in acted},
+                {a: over[a] and not timeout[a] for a in acted}, timeout, {a: {} for a in acted})
+
+
+def play_team(make, steps, agent=None, num_envs=2, capacity=4000, pool=None, **values):
+    """Plays `steps` steps in `num_envs` environments as main does; returns the table, the replay and the agent."""
+    args = M.Args(**team_values(**values))
+    envs = gym.vector.SyncVectorEnv([lambda: M.Seats(make(), M.scripts_of(args, make()))] * num_envs,
+                                      autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
+    seats = M.Seats(make())
+    space = Dict({**seats.seat_space.spaces, "seat": Discrete(len(seats.names))})
+    torch.manual_seed(0)
+    agent = agent or M.Dreamer(space, seats.seat_action, args, len(seats.names))
+    table = M.Table(agent, num_envs, pool(agent) if pool else None)
+    replay = M.ReplayBuffer(capacity, len(table.env), args.batch_length, agent.replay_specs(), 1)
+    obs, _ = envs.reset(seed=1)
+    first, done = np.ones(num_envs, bool), np.zeros(num_envs, bool)
+    for _ in range(steps):
+        joint, rows = table.act(obs, first)
+        replay.add({k: rows[k] for k in replay.data})
+        obs, _, ended, _, _ = envs.step(joint)
+        first, done = done, ended
+        for env in np.flatnonzero(done):
+            table.finish(obs, env)
+    return table, replay, agent
+
+
+# ----------------------------------------------------------------------------------------------- shared with dreamer.py
+
+
+def definitions(path):
+    """name → source, for everything at the top of a file and for methods, in their order."""
+    source, found = Path(path).read_text(), {}
+
+    def text(node):
+        first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
+        return source.splitlines()[first - 1 : node.end_lineno]
+
+    for node in ast.parse(source).body:
+        name = getattr(node, "name", None) or (isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None))
+        if name:
+            found[name] = text(node)
+        for method in node.body if isinstance(node, ast.ClassDef) else ():
+            if isinstance(method, ast.FunctionDef):
+                found[f"{name}.{method.name}"] = text(method)
+    return found
+
+
+def test_shared_definitions_are_the_same_letter_for_letter_and_in_the_same_order():
+    marl = Path(M.__file__)
+    theirs, ours = definitions(marl.with_name("dreamer.py")), definitions(marl)
+    for name in M.SHARED:
+        assert ours[name] == theirs[name], f"{name} differs"
+    for names in (list(theirs), list(ours)):
+        places = [names.index(name) for name in M.SHARED]
+        assert places == sorted(places)
+    methods = {name for name in M.SHARED if "." in name}
+    whole = {name for name in theirs if "." not in name and ours.get(name) == theirs[name]}
+    assert whole == set(M.SHARED) - methods  # nothing that is the same is missing from the list
+    assert "import dreamer" not in marl.read_text() and "from dreamer" not in marl.read_text()
+
+
+# ---------------------------------------------------------------------------------------------------- teams: the method
+
+
+def groups_of(stoch):
+    return stoch[..., : 6 - TEAM, :], stoch[..., 6 - TEAM :, :]
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_tom_gradient_reaches_z_team_h_and_the_head_but_neither_z_env_of_the_same_step_nor_the_actor(stop):
+    agent = make_team(perturb=0.1, tom_stop_grad=stop)
+    deter, stoch = torch.randn(2, 5, 64, requires_grad=True), torch.rand(2, 5, 6, 5, requires_grad=True)
+    actions = F.one_hot(torch.randint(4, (2, 5, 2)), 4).float()
+    agent.wm.tom_loss(deter, stoch, actions, torch.ones(2, 5, 2)).sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in agent.wm.tom.parameters())
+    for name, p in agent.named_parameters():
+        assert p.grad is None or name.startswith("wm.tom."), name
+    if stop:
+        assert deter.grad is None and stoch.grad is None
+    else:
+        env, team = groups_of(stoch.grad)
+        assert deter.grad.abs().min() > 0 and team.abs().min() > 0 and not env.any()
+
+
+def test_tom_gradient_reaches_the_encoder_and_posterior_of_z_team_but_not_that_of_z_env_in_a_single_step():
+    agent, batch = make_team(perturb=0.1), team_batch(make_team(), t=1)
+    data = agent.prepare(batch)
+    losses, *_ = agent.wm.loss(data, torch.rand(4, 1, 6, 1), 0.9, 1.0)
+    losses["tom"].sum().backward()
+    env, team = agent.wm.rssm.posterior.nets
+    assert all(p.grad.abs().max() > 0 for p in team.parameters()) and all(p.grad is None or not p.grad.any()
+                                                                       for p in env.parameters())
+    assert all(p.grad.abs().max() > 0 for p in agent.wm.encoder.parameters())
+    assert all(p.grad is None for p in agent.actor.parameters())
+
+
+@pytest.mark.parametrize("arm", ["tom", "merged", "joint", "none"])
+def test_kl_is_the_sum_over_both_groups_with_free_nats_for_each_or_over_one_merged_group(arm):
+    torch.manual_seed(0)
+    rssm = make_team(teammate_model=arm).wm.rssm
+    scale = torch.tensor([0.05, 0.5, 1.0, 3.0])[:, None, None]
+    post, prior = scale * torch.randn(4, 6, 5), scale * torch.randn(4, 6, 5)
+    groups = list(zip(groups_of(post), groups_of(prior))) if arm == "tom" else [(post, prior)]
+    expected = sum(kl_divergence(mixed(p), mixed(q)).clamp(min=1) for p, q in groups)
+    assert expected[0] == len(groups)
+    for x in rssm.kl_loss(post, prior):
+        close(x, expected, rtol=1e-4)
+    post.requires_grad_(), prior.requires_grad_()
+    dyn, rep = rssm.kl_loss(3 * post, 3 * prior)
+    for x, target in ((dyn, prior), (rep, post)):  # both groups are pushed
+        env, team = groups_of(torch.autograd.grad(x[3], target, retain_graph=True)[0])
+        assert env.abs().max() > 0 and team.abs().max() > 0
+
+
+def test_the_two_groups_have_priors_and_posteriors_of_their_own():
+    rssm = M.FactorisedRSSM(8, 12, TINY, TEAM)
+    deter = torch.randn(2, 64)
+    for heads, x in ((rssm.prior, deter), (rssm.posterior, torch.randn(2, 72))):
+        env, team = groups_of(rssm.logits(heads, x))
+        close(env.flatten(1), heads.nets[0](x))
+        close(team.flatten(1), heads.nets[1](x))
+        assert not set(heads.nets[0].parameters()) & set(heads.nets[1].parameters())
+
+
+def test_the_tom_target_is_the_action_of_the_same_step_and_its_input_holds_no_action_of_that_step():
+    agent, batch = make_team(perturb=0.2), team_batch(make_team())
+    batch["is_last"][:], batch["is_terminal"][:], batch["is_first"][:] = False, False, False
+    noise = torch.rand(4, 8, 6, 1)
+
+    def run(batch):
+        losses, (deter, stoch, _), _ = agent.wm.loss(agent.prepare(batch), noise, 0.9, 1.0)
+        return losses["tom"], M.expected(agent.wm.teammates(deter, stoch))
+
+    tom, probs = run(batch)
+    close(tom, -(probs * batch["teammates"][:, 1:]).sum(-1).log().sum(-1), rtol=1e-4)
+    changed = {k: x.clone() for k, x in batch.items()}
+    changed["teammates"][:, 4] = changed["teammates"][:, 4].roll(1, -1)  # row 4 of the window is step 3 of the loss
+    changed["action"][:, 4] = changed["action"][:, 4].roll(1, -1)
+    tom2, probs2 = run(changed)
+    equal(probs2[:, :4], probs[:, :4])  # no prediction up to that step sees it
+    assert (probs2[:, 4] != probs[:, 4]).any() and (tom2[:, 3] != tom[:, 3]).all()
+    equal(tom2[:, :3], tom[:, :3])
+    close(tom2[:, 3], -(probs[:, 3] * changed["teammates"][:, 4]).sum(-1).log().sum(-1), rtol=1e-4)
+
+
+def test_the_decoder_sees_h_and_z_env_only_and_reward_continue_actor_and_critic_see_all():
+    agent = make_team(perturb=0.1)
+    deter, stoch = torch.randn(3, 64), torch.rand(3, 6, 5, requires_grad=True)
+    recon = agent.wm.decoder(deter, agent.wm.env_part(stoch))["obs"]
+    env, team = groups_of(torch.autograd.grad(recon.sum(), stoch)[0])
+    assert env.abs().min() > 0 and not team.any()
+    feat = M.features(deter, stoch)
+    outputs = agent.wm.reward(feat), agent.wm.cont(feat), agent.actor.mlp(feat), agent.critic(feat).logits
+    for out in outputs:
+        env, team = groups_of(torch.autograd.grad((out * torch.randn(out.shape)).sum(), stoch, retain_graph=True)[0])
+        assert env.abs().max() > 0 and team.abs().max() > 0
+    merged = make_team(perturb=0.1, teammate_model="merged")
+    recon = merged.wm.decoder(deter, merged.wm.env_part(stoch))["obs"]
+    assert groups_of(torch.autograd.grad(recon.sum(), stoch)[0])[1].abs().min() > 0
+
+
+def test_swapping_two_teammates_changes_the_state_and_renaming_them_renames_the_predictions():
+    agent = make_team(perturb=0.2, seats=4)
+    own, mates = F.one_hot(torch.tensor([1]), 4).float(), F.one_hot(torch.tensor([[0, 2, 3]]), 4).float()
+    joint = agent.wm.joint(own, mates)
+    equal(joint, torch.cat([own, mates[:, 0], mates[:, 1], mates[:, 2]], -1))
+    deter, stoch = torch.randn(1, 64), F.one_hot(torch.zeros(1, 6).long(), 5).float()
+    joints = [agent.wm.joint(own, m) for m in (mates, mates[:, [1, 0, 2]])]
+    states = [agent.wm.rssm.img_step(deter, stoch, joint, None)[0] for joint in joints]
+    assert (states[0] - states[1]).abs().max() > 1e-3
+    probs, order = M.expected(agent.wm.teammates(deter, stoch)), [2, 0, 1]
+    team = torch.cat([deter, (stoch * agent.wm.team).flatten(1)], -1)
+    ids = torch.eye(3)[order]
+    renamed = torch.stack([M.expected(agent.wm.tom(torch.cat([team, i[None]], -1))) for i in ids], 1)
+    close(renamed, probs[:, order])
+    assert (probs[:, 0] - probs[:, 1]).abs().max() > 1e-3
+
+
+def test_dreams_with_a_tom_head_forced_to_a_policy_are_that_policys_rollout():
+    agent, n, h = make_team(perturb=0.1), 5, 4
+    favourite = agent.wm.tom.outputs[0][0]
+    with torch.no_grad():  # teammate 0 always plays 2, teammate 1 always 3, as the one-hot of their number says
+        for layer in agent.wm.tom.mlp:
+            layer[0].weight.zero_()
+            layer[0].bias.zero_()
+        first = agent.wm.tom.mlp[0][0]
+        first.weight[0, -2], first.weight[1, -1] = 1.0, 1.0
+        for layer in agent.wm.tom.mlp:
+            layer[1].weight.fill_(1.0)
+        for layer in list(agent.wm.tom.mlp)[1:]:
+            layer[0].weight[:2, :2] = torch.eye(2)
+        favourite.weight.zero_()
+        favourite.bias.zero_()
+        favourite.weight[2, 0] = favourite.weight[3, 1] = 100.0
+    deter, stoch = torch.randn(n, 64).tanh(), F.one_hot(torch.randint(5, (n, 6)), 5).float()
+    z_noise, a_noise = torch.rand(n, h, 6, 1), torch.rand(n, h + 1, 3)
+    active = torch.ones(n, 2, dtype=torch.bool)
+    active[0, 1] = False  # who is away stays away
+    taken, imagine = [], agent.wm.rssm.imagine
+
+    def recorded(deter, stoch, policy, horizon, noise):
+        out = imagine(deter, stoch, policy, horizon, noise)
+        taken.extend(out)
+        return out
+
+    agent.wm.rssm.imagine = recorded
+    agent.imagination_loss(deter, stoch, active, z_noise, a_noise)
+    deters, stochs, actions = taken
+    mates = F.one_hot(torch.tensor([2, 3]), 4).float().expand(n, -1, -1) * active[..., None]
+    equal(actions[..., 4:].unflatten(-1, (2, 4)), mates[:, None].expand(-1, h, -1, -1))
+    for t in range(h):  # a naive rollout with that policy
+        probs = agent.actor(M.features(deter, stoch)).dists[0].probs
+        own = F.one_hot((probs.cumsum(-1) <= a_noise[:, t, :1]).sum(-1), 4).float()
+        with torch.no_grad():
+            deter, stoch = agent.wm.rssm.img_step(deter, stoch, torch.cat([own, mates.flatten(1)], -1), z_noise[:, t])
+        close(deters[:, t + 1], deter, atol=1e-5)
+        equal(stochs[:, t + 1], stoch)
+        equal(actions[:, t, :4], own)
+
+
+def test_policy_gradient_counts_the_own_action_alone():
+    agent = make_team(perturb=0.3, ent_coef=0.5)
+    n, h = 4, 4
+    deter, stoch = torch.randn(n, 64).tanh(), F.one_hot(torch.randint(5, (n, 6)), 5).float()
+    z_noise, a_noise = torch.rand(n, h, 6, 1), torch.rand(n, h + 1, 3)
+    losses, returns, _ = agent.imagination_loss(deter, stoch, torch.ones(n, 2).bool(), z_noise, a_noise)
+    with torch.no_grad():  # the first step of each dream, by torch.distributions
+        feat = M.features(deter, stoch)
+        pi = Categorical(logits=agent.actor.outputs[0][0](agent.actor.mlp(feat)))
+        own = (pi.probs.cumsum(-1) <= a_noise[:, 0, :1]).sum(-1)
+        low, high = agent.retnorm.range
+        advantage = (returns[:, 0] - agent.critic(feat).pred()) / max(1.0, float(high - low))
+        weight = agent.wm.cont(feat)[:, 0].sigmoid()
+        expected = -weight * (pi.log_prob(own) * advantage + 0.5 * pi.entropy())
+        close(losses["policy"][:, 0], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_agents_that_are_away_contribute_nothing_to_any_loss():
+    agent, batch = make_team(perturb=0.2), team_batch(make_team())
+    batch["is_last"][1, 3] = batch["is_first"][1, 7] = True
+    batch["valid"][1, 4:7] = False  # ego died at 3 and comes back at 7
+    batch["active"][2, 2:, 1] = False  # a teammate leaves; whatever stands in its place is no target
+    losses, grads = team_losses(agent, batch)
+    changed = {k: x.clone() for k, x in batch.items()}
+    for key in ("obs/obs", "reward"):
+        changed[key][1, 4:7] = 77.0
+    for key in ("action", "teammates"):
+        changed[key][1, 4:7] = changed[key][1, 4:7].roll(1, -1)
+    changed["is_terminal"][1, 5] = True
+    changed["bayes"][:] = 0.3  # for comparison only
+    losses2, grads2 = team_losses(agent, changed)
+    for k in losses:
+        equal(losses[k], losses2[k])
+    assert grads.keys() == grads2.keys() and all(torch.equal(grads[k], grads2[k]) for k in grads)
+    # means are over those who are there: the ToM loss is that of a naive loop
+    data, noise = agent.prepare(batch), team_noise(agent, batch)
+    _, (deter, stoch, _), _ = agent.wm.loss(data, noise[0], agent.args.gamma, 1.0)
+    probs, total = M.expected(agent.wm.teammates(deter, stoch)), 0.0
+    for b, t, j in itertools.product(range(4), range(8), range(2)):
+        row = t + 1
+        if batch["valid"][b, row] and batch["active"][b, row, j] and not batch["is_last"][b, row]:
+            total -= float((probs[b, t, j] * batch["teammates"][b, row, j]).sum().log().detach())
+    close(losses["losses/tom"], total / batch["valid"][:, 1:].sum(), rtol=1e-4)
+
+
+def test_a_batch_in_which_nobody_is_there_teaches_nothing():
+    agent, batch = make_team(perturb=0.2), team_batch(make_team())
+    batch["valid"][:] = False
+    losses, grads = team_losses(agent, batch)
+    assert not any(x.any() for x in losses.values()) and not any(x.any() for x in grads.values())
+
+
+@pytest.mark.parametrize("last", [0, 3])
+def test_dreams_begin_where_ego_is_in_the_game_and_their_returns_come_back_to_those_steps(last, monkeypatch):
+    agent, batch = make_team(perturb=0.2, imag_last=last), team_batch(make_team())
+    batch["valid"][1, 4:7] = batch["valid"][3, 2:] = False
+    seen, dream, value = {}, agent.imagination_loss, agent.replay_value_loss
+    monkeypatch.setattr(agent, "imagination_loss", lambda *x: seen.setdefault("dreams", (x, dream(*x)))[1])
+    monkeypatch.setattr(agent, "replay_value_loss", lambda *x: seen.setdefault("value", (x, value(*x)))[1])
+    steps = last or 8
+    data, noise = agent.prepare(batch), team_noise(agent, batch)
+    noise[1:] = [x[: 4 * steps] for x in noise[1:]]
+    _, report, (deter, _) = agent(data, noise)
+    (starts, _, active, _, _), (losses, returns, _) = seen["dreams"]
+    valid, places = data["valid"][:, -steps:], {}
+    for i, h in enumerate(starts):  # which step each dream begins at; latents are continuous, so each has its own
+        at, = (deter[:, -steps:] == h).all(-1).nonzero().tolist()
+        assert valid[tuple(at)]
+        places.setdefault(tuple(at), i)
+    assert set(places) == {tuple(x) for x in valid.nonzero().tolist()}
+    bootstrap = seen["value"][0][2]
+    for at, i in places.items():
+        equal(bootstrap[at], returns[i, 0])
+    for name in ("policy", "value"):  # each step counts once
+        close(report[f"losses/{name}"], torch.stack([losses[name][i] for i in places.values()]).mean())
+
+
+@pytest.mark.parametrize("arm", ["tom", "none"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_no_part_of_learning_waits_for_the_device_or_has_a_shape_that_depends_on_data(arm, precision):
+    agent, batch = make_team(teammate_model=arm, precision=precision), team_batch(make_team())
+    batch["valid"][1, 4:7] = False
+    inputs = agent.prepare(batch), team_noise(agent, batch)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:  # raises where a number of a tensor is asked for
+        loss, report, _ = agent.loss(*tree_map(fake.from_tensor, inputs))
+        assert loss.shape == () and all(x.shape == () for x in report.values())
+        with pytest.raises(DataDependentOutputException):  # and it would
+            bool(loss > 0)
+
+
+# ------------------------------------------------------------------------------------------------------ teams: the arms
+
+
+def test_all_arms_have_the_same_parameters_and_begin_with_the_same_weights():
+    agents = {arm: make_team(teammate_model=arm) for arm in ("tom", "merged", "joint", "none")}
+    tom = {k: p.clone() for k, p in agents["tom"].named_parameters()}
+    for agent in agents.values():
+        assert all(torch.equal(p, tom[k]) for k, p in agent.named_parameters())
+        before = {k: p.clone() for k, p in agent.named_parameters()}
+        agent.update(team_batch(agent))
+        moved = {k for k, p in agent.named_parameters() if not torch.equal(p, before[k])}
+        assert {k for k in before if k.startswith("wm.tom.outputs")} <= moved  # the head learns in each
+
+
+def test_plain_dreamer_sees_own_actions_alone_and_its_probe_teaches_it_nothing():
+    agent, batch = make_team(perturb=0.2, teammate_model="none"), team_batch(make_team())
+    losses, grads = team_losses(agent, batch)
+    changed = batch | {"teammates": batch["teammates"].roll(1, -1)}
+    losses2, grads2 = team_losses(agent, changed)
+    for k in losses:
+        assert torch.equal(losses[k], losses2[k]) == (k not in ("losses/tom", "losses/total")), k
+    for k in grads:
+        assert torch.equal(grads[k], grads2[k]) == (not k.startswith("wm.tom.")), k
+
+
+def test_the_joint_arm_imagines_teammates_by_their_marginal_whatever_the_state():
+    agent = make_team(perturb=0.2, teammate_model="joint")
+    probs = M.expected(agent.wm.teammates(torch.randn(7, 64), torch.rand(7, 6, 5)))
+    close(probs, probs[:1].expand(7, -1, -1))
+    assert (probs[0, 0] - probs[0, 1]).abs().max() > 1e-3  # one for each teammate
+    batch = team_batch(agent)
+    assert team_losses(agent, batch)[0]["losses/rew"] != team_losses(agent, batch | {
+        "teammates": batch["teammates"].roll(1, -1)})[0]["losses/rew"]  # its dynamics take joint actions
+
+
+def test_measures_of_the_head_are_those_of_a_naive_loop():
+    torch.manual_seed(0)
+    heads, shape = {"a": ("discrete", (3,)), "b": ("discrete", (2,))}, (5, 6, 2)
+    a, b = torch.randint(3, shape) * torch.randint(2, shape), torch.randint(2, shape)
+    actions = torch.cat([F.one_hot(a, 3), F.one_hot(b, 2)], -1).float()
+    guess = torch.rand(*shape, 5)
+    acts, nats, bayes = torch.rand(shape) < 0.7, torch.rand(shape) + 0.5, torch.rand(shape) / 2
+    got = M.skill(heads, actions, acts, nats, bayes, guess)
+    marginal = right = 0.0
+    for j in range(2):
+        for values, part, n in ((a, guess[..., :3], 3), (b, guess[..., 3:], 2)):
+            x = values[..., j][acts[..., j]]
+            p = np.bincount(x.numpy(), minlength=n) / len(x)
+            marginal -= sum(np.log(p[int(v)]) for v in x) / acts.sum()
+            right += (part.argmax(-1)[..., j][acts[..., j]] == x).float().sum() / 2 / acts.sum()
+    ce, ideal = nats[acts].mean(), bayes[acts].mean()
+    for name, value in dict(cross_entropy=ce, marginal=marginal, bayes=ideal, accuracy=right,
+                            skill=(marginal - ce) / (marginal - ideal)).items():
+        close(got[name], value, rtol=1e-4)
+    unknown = M.skill(heads, actions, acts, nats, torch.full(shape, float("nan")), guess)
+    assert unknown["bayes"] == 0
+    close(unknown["skill"], (marginal - ce) / marginal, rtol=1e-4)
+    x = torch.randn(4000, 1, 1, 2) * torch.tensor([1.0, 3.0])
+    normal = M.skill({"a": ("continuous", 2)}, x, torch.ones(4000, 1, 1).bool(), *[torch.zeros(4000, 1, 1)] * 2, x)
+    entropy = torch.distributions.Normal(torch.zeros(2), torch.tensor([1.0, 3.0])).entropy().sum()
+    close(normal["marginal"], entropy, rtol=2e-2)
+    assert "skill" not in normal
+
+
+# ---------------------------------------------------------------------------------- teams: seats, deaths and their rows
+
+
+@pytest.mark.parametrize("lives,truncate", [((6, 3, 6), False), ((6, 6), True), ((2, 6, 3, 6), True), ((1, 2), False)])
+def test_rows_hold_what_each_seat_saw_and_earned_and_all_did_until_it_left(lives, truncate):
+    k, length = len(lives), max(lives)
+    table, replay, agent = play_team(lambda: Toy(lives, length, truncate), 30)
+    data = replay.data
+    for stream, (env, seat) in enumerate(zip(table.env, table.seat)):
+        mates = [j for j in range(k) if j != seat]
+        for i in range(30):
+            t = i % (length + 1)  # the step after the last is the reset
+            row = {name: x[stream, i] for name, x in data.items()}
+            here, last = t <= lives[seat], t == lives[seat]
+            assert bool(row["valid"]) == here and bool(row["is_first"]) == (t == 0) and int(row["obs/seat"]) == seat
+            assert bool(row["is_last"]) == last
+            assert bool(row["is_terminal"]) == (last and not (truncate and lives[seat] == length))
+            assert float(row["reward"]) == (10 * t + seat if here and t else 0)
+            for slot, j in enumerate(mates):
+                stays = t < lives[j] or (t == length == lives[j] and truncate)
+                assert bool(row["active"][slot]) == stays
+                theirs = data["action"][env * k + j, i]
+                equal(row["teammates"][slot], theirs if stays else torch.zeros(4))
+            if here and t:  # the last joint action is what the environment says it was
+                before = data["action"][[env * k + j for j in range(k)], i - 1].argmax(-1).tolist()
+                said = row["obs/obs"][2:].long().tolist()
+                assert row["obs/obs"][:2].tolist() == [seat, t]
+                assert said == [a if t <= lives[j] else -1 for j, a in enumerate(before)]
+    batch = agent.prepare(replay.sample(8))
+    assert not batch["acts"][batch["is_last"]].any()  # nobody acts after the end
+    joint = torch.cat([batch["action"], batch["teammates"].flatten(-2)], -1)
+    equal(batch["prev_action"][:, 1:], joint[:, :-1])
+    assert agent.update(replay.sample(8))["losses/total"].isfinite()
+
+
+class Uneven(Toy):
+    """Two agents of different sizes."""
+
+    def observation_space(self, agent):
+        return Box(-1, 1, (2 + 3 * (agent == "agent_1"),), np.float32)
+
+    def action_space(self, agent):
+        return Discrete(3 + 2 * (agent == "agent_1"))
+
+    def see(self, agents, actions):
+        self.taken = actions
+        return {a: np.full(self.observation_space(a).shape, 0.5, np.float32) for a in agents}
+
+
+def test_spaces_of_different_sizes_are_padded_and_of_different_kinds_are_an_input_error():
+    seats = M.Seats(Uneven((6, 6)))
+    assert seats.seat_space["obs"].shape == (5,) and seats.seat_action == Discrete(5)
+    obs, _ = seats.reset(seed=0)
+    equal(obs["obs/obs"], np.array([[0.5, 0.5, 0, 0, 0], [0.5] * 5], np.float32))
+    seats.step(np.eye(5, dtype=np.float32)[[4, 4]])
+    assert seats.env.taken == {"agent_0": 1, "agent_1": 4}  # a choice that is not there stands for another
+    table, replay, agent = play_team(lambda: Uneven((6, 6)), 20)
+    assert agent.update(replay.sample(4))["losses/total"].isfinite()
+    boxes = [Box(np.float32(-i - 1), np.float32(i + 2), (i + 1,), np.float32) for i in range(2)]
+    merged = M.merge("action", boxes)
+    assert merged.shape == (2,) and merged.low.min() == -2 and merged.high.max() == 3
+    image = Box(0, 255, (4, 4, 3), np.uint8)
+    for kinds in ([Discrete(2), VECTOR], [VECTOR, image], [Discrete(2), MultiDiscrete([2, 2])]):
+        with pytest.raises(M.InputError, match="different kinds"):
+            M.merge("obs", kinds)
+
+
+@pytest.mark.parametrize("space", [Discrete(4, start=2), MultiDiscrete([2, 5]), Box(-3, 5, (2, 2)),
+                                   Dict(a=Discrete(3), b=Box(-1, 1, (2,)))])
+def test_an_encoded_action_is_decoded_to_itself(space):
+    codec = M.ActionCodec(space)
+    space.seed(0)
+    for _ in range(5):
+        action = space.sample()
+        back = M.unbatch(codec.decode(M.encode_action(codec, action)[None]))
+        for ours, theirs in zip(M.leaves(back).values(), M.leaves(action).values()):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_the_learner_sits_in_random_seats_and_scripts_are_drawn_anew_for_every_episode():
+    seats, learners, scripts = M.Seats(M.HiddenMatch(), ("0", "1", "2", "3")), set(), set()
+    for i in range(40):
+        obs, _ = seats.reset(seed=i)
+        learner = int(obs["learner"])
+        assert obs["script"][learner] == -1 and not obs["play"][learner].any() and np.isnan(obs["bayes"][learner]).all()
+        assert obs["play"][1 - learner].sum() == 1
+        learners.add(learner)
+        scripts.add(int(obs["script"][1 - learner]))
+    assert learners == {0, 1} and scripts == {0, 1, 2, 3}
+
+
+def test_partners_of_one_name_keep_their_number_so_that_the_oracle_reads_it_right():
+    args = team_args(oracle=True)
+    space, _, seats, _ = M.seat_spaces(args)
+    assert seats == 2 and list(space["scripts"].nvec) == [6]  # five scripts, or none
+    for number, name in enumerate(M.HiddenMatch.scripts):
+        obs, _ = M.make_vector_env(args, 3, "", scripts=(name,)).reset(seed=0)
+        view = M.seat_view(obs, np.arange(3), obs["learner"], oracle=True)
+        assert (view["scripts"] == number + 1).all() and space.contains({k: x[0] for k, x in view.items()})
+
+
+def test_workers_in_other_processes_play_the_same_games_as_this_process():
+    streams = []
+    for mode in ("sync", "async"):
+        envs = M.make_vector_env(team_args(vectorization=mode), 2, "")
+        obs, _ = envs.reset(seed=3)
+        stream, joint = [obs], np.eye(4, dtype=np.float32)[[[0, 1], [2, 3]]]
+        for _ in range(25):
+            stream.append({k: x.copy() for k, x in envs.step(joint)[0].items()})
+        envs.close()
+        streams.append(np.concatenate([np.ravel(x[k]).astype(float) for x in stream for k in sorted(x)]))
+    np.testing.assert_array_equal(*streams)
+
+
+# ------------------------------------------------------------------------------------------------ games with an optimum
+
+
+def hidden_match_values(epsilon):
+    """Exact return and nats a step of who sees the partner's actions, by enumeration of what it may play."""
+    ret = nats = 0.0
+    likelihood = epsilon / 4 + (1 - epsilon) * np.eye(4)  # favourite → action
+    frontier = {(0, 0, 0, 0): 1.0}  # counts of actions so far → probability
+    for _ in range(10):
+        after = {}
+        for counts, p in frontier.items():
+            belief = np.prod(likelihood ** np.array(counts), 1)
+            predicted = belief / belief.sum() @ likelihood
+            ret += p * predicted.max()
+            nats -= p * (predicted * np.log(predicted.clip(1e-300))).sum() / 10
+            for a in range(4):
+                if predicted[a] > 0:
+                    key = tuple(c + (i == a) for i, c in enumerate(counts))
+                    after[key] = after.get(key, 0.0) + p * predicted[a]
+        frontier = after
+    return ret, nats
+
+
+def rollout(env, choose, episodes, scripts):
+    """Mean return of player_0 and nats a step of env.bayes, against scripts drawn at random."""
+    rng, total, nats = np.random.default_rng(0), 0.0, []
+    env.reset(seed=0)
+    for _ in range(episodes):
+        script = scripts[rng.integers(len(scripts))]
+        obs, _ = env.reset()
+        while env.agents:
+            belief, theirs = env.bayes("player_1", scripts), env.play("player_1", script)
+            nats.append(-np.log(belief[theirs]))
+            obs, reward, *_ = env.step({"player_0": choose(env, belief, script), "player_1": theirs})
+            total += reward["player_0"]
+    return total / episodes, np.mean(nats)
+
+
+@pytest.mark.parametrize("epsilon,bayes,oracle,ce", [(0.0, 9.25, 10.0, 0.139), (0.3, 6.73, 7.75, 0.918)])
+def test_hidden_match_has_its_known_values(epsilon, bayes, oracle, ce):
+    ret, nats = hidden_match_values(epsilon)
+    assert abs(ret - bayes) < 0.006 and abs(nats - ce) < 0.001
+    scripts = ("0", "1", "2", "3")
+    seen, ce_seen = rollout(M.HiddenMatch(epsilon), lambda env, belief, script: belief.argmax(), 1500, scripts)
+    assert abs(seen - ret) < 0.2 and abs(ce_seen - nats) < 0.03
+    for choose, value, error in ((lambda env, belief, script: int(script), oracle, 0.15), (lambda *_: 1, 2.5, 0.4)):
+        assert abs(rollout(M.HiddenMatch(epsilon), choose, 1500, scripts)[0] - value) < error
+
+
+@pytest.mark.parametrize("q", [0.0, 0.4, 1.0])
+def test_hidden_match_shows_the_partners_last_action_with_probability_q(q):
+    env, shown, rng = M.HiddenMatch(0.3, q), [], np.random.default_rng(0)
+    env.reset(seed=1)
+    for _ in range(100):
+        obs, _ = env.reset()
+        assert set(obs.values()) == {4}
+        while env.agents:
+            actions = dict(zip(env.possible_agents, rng.integers(4, size=2)))
+            obs, *_ = env.step(actions)
+            for mine, other in (("player_0", "player_1"), ("player_1", "player_0")):
+                assert obs[mine] in (4, actions[other])
+                shown.append(obs[mine] != 4)
+    assert abs(np.mean(shown) - q) < 0.05
+
+
+def test_the_prisoners_dilemma_has_its_known_values():
+    scripts, pay = M.PrisonersDilemma.scripts, [[3, 0], [5, 1]]
+
+    def theirs(script, mine, t):
+        return {"cooperate": 0, "defect": 1, "tit_for_tat": mine[-1] if mine else 0, "alternate": t % 2}[script]
+
+    def value(types, mine):
+        """Best expected return of who knows only that its opponent is one of `types`: all their moves are certain."""
+        t = len(mine)
+        if t == 10:
+            return 0.0
+        groups = {a: [s for s in types if theirs(s, mine, t) == a] for a in (0, 1)}
+        return max(sum(len(g) / len(types) * (pay[m][a] + value(g, (*mine, m))) for a, g in groups.items() if g)
+                   for m in (0, 1))
+
+    assert np.mean([value([s], ()) for s in scripts]) == 30.5
+    assert value(list(scripts), ()) == 29.25
+    defect, _ = rollout(M.PrisonersDilemma(), lambda *_: 1, 400, scripts)
+    assert abs(defect - 26.0) < 2.5
+    env = M.PrisonersDilemma()
+    for script in scripts:  # moves and payoffs, against a fixed sequence
+        mine = np.random.default_rng(3).integers(2, size=10).tolist()
+        env.reset(seed=0)
+        for t, m in enumerate(mine):
+            other = env.play("player_1", script)
+            assert other == theirs(script, mine[:t], t)
+            belief = env.bayes("player_1", scripts)
+            assert belief[other] > 0
+            _, reward, *_ = env.step({"player_0": m, "player_1": other})
+            assert reward == {"player_0": pay[m][other], "player_1": pay[other][m]}
+
+
+# ---------------------------------------------------------------------------------------------- teams: acting, the pool
+
+
+def test_unseen_teammates_are_replaced_by_the_tom_heads_own_guess():
+    agent = make_team(perturb=0.2, observe_teammates=False)
+    x, none = np.random.default_rng(0).normal(size=(2, 5, 3)).astype(np.float32), np.zeros(5, bool)
+    rng = torch.Generator
+    state = agent.act(x[0], None, ~none, rng=rng().manual_seed(1))[1]
+    assert state["guess"].shape == (5, 2, 4) and (state["guess"].sum(-1) == 1).all()
+    guessed = agent.act(x[1], state, none, rng=rng().manual_seed(2))[1]
+    told = agent.act(x[1], state, none, teammates=state["guess"], rng=rng().manual_seed(2))[1]
+    other = agent.act(x[1], state, none, teammates=state["guess"].roll(1, -1), rng=rng().manual_seed(2))[1]
+    equal(guessed["deter"], told["deter"])
+    assert (guessed["deter"] != other["deter"]).any()
+    table, *_ = play_team(lambda: Toy((6, 6)), 4, observe_teammates=False)
+    assert table.seen(table.env, table.seat) is None
+    table, *_ = play_team(lambda: Toy((6, 6)), 4)
+    equal(table.seen(table.env, table.seat)[:, 0], table.joint[table.env, 1 - table.seat])
+
+
+def test_act_equals_observe_on_the_joint_actions_of_the_rows():
+    table, replay, agent = play_team(lambda: Toy((6, 4, 6)), 14)
+    data = {k: x[:, :14] for k, x in replay.data.items()}
+    obs = {k[4:]: x for k, x in data.items() if k.startswith("obs/")}
+    stoch = F.one_hot(data["stoch"].long(), 5).float()
+    joint = agent.wm.joint(data["action"], data["teammates"])
+    tokens = agent.wm.encode(obs)
+    with torch.no_grad():
+        for t in range(1, 14):  # one step from each stored state reaches the next
+            args = data["deter"][:, t - 1].float(), stoch[:, t - 1], tokens[:, t : t + 1], joint[:, t - 1 : t]
+            deter, *_ = agent.wm.rssm.observe(*args, data["is_first"][:, t : t + 1])
+            close(deter[:, 0], data["deter"][:, t].float(), rtol=2e-2, atol=2e-2)  # bfloat16
+
+
+def test_teammates_who_are_away_are_not_guessed_at():
+    table, replay, agent = play_team(lambda: Toy((6, 2)), 4, observe_teammates=False)
+    there = torch.as_tensor(table.mates(table.active))
+    assert there.any() and not there.all()
+    equal(table.state["guess"].sum(-1) == 1, there)
+
+
+def test_a_compiled_step_of_the_learner_does_not_come_with_its_copies():
+    agent = make_team(seats=2, perturb=0.2)
+    rssm, step = agent.wm.rssm, agent.wm.rssm.obs_step
+    rssm.obs_step = lambda *inputs: step(*inputs)  # as torch.compile puts it: bound to the learner's weights
+    pool = pool_of(members=1, agent=agent)
+    x, first = np.ones((2, 3), np.float32), np.ones(2, bool)
+    before = pool.members[0].act(x, None, first, rng=torch.Generator().manual_seed(0))[1]["deter"]
+    with torch.no_grad():
+        for p in agent.parameters():
+            p.add_(0.3)
+    equal(pool.members[0].act(x, None, first, rng=torch.Generator().manual_seed(0))[1]["deter"], before)
+
+
+def test_a_loop_of_ten_lines_trains_both_seats_of_a_game_without_the_training_loop_of_the_file():
+    env, agent = Toy((6, 6)), make_team(Box(-np.inf, np.inf, (4,), np.float32), seats=2)
+    replay = M.ReplayBuffer(400, 2, 8, agent.replay_specs())
+    obs, state, mates, first, no = env.reset()[0], None, np.zeros((2, 1, 4)), np.ones(2, bool), np.zeros(2, bool)
+    arrived, here = dict(reward=np.zeros(2), is_last=no, is_terminal=no), dict(active=~no[:, None], valid=~no)
+    for _ in range(30):
+        actions, state = agent.act(np.stack([obs[a] for a in env.possible_agents]), state, first, teammates=mates)
+        mates = np.stack([M.encode_action(agent.actions, a) for a in actions[::-1]])[:, None]
+        unknown = dict(bayes=np.full((2, 1), np.nan), teammates=mates, is_first=first)
+        replay.add({k: (arrived | here | unknown | state)[k] for k in replay.data})
+        if (first := arrived["is_last"]).all():
+            (obs, _), arrived = env.reset(), dict(reward=np.zeros(2), is_last=no, is_terminal=no)
+            continue
+        obs, reward, ended, _, _ = env.step(dict(zip(env.possible_agents, actions)))
+        arrived = dict(reward=np.array(list(reward.values())), is_last=np.array(list(ended.values())),
+                       is_terminal=np.array(list(ended.values())))
+    data = agent.prepare(replay.sample(8))
+    said = data["obs"]["obs"][..., 2:].long()  # the joint action before, as the game tells it
+    own, theirs = (x.argmax(-1) for x in data["prev_action"].chunk(2, -1))
+    going = (data["obs"]["obs"][..., 1] > 0)
+    assert going.any() and (said.sort(-1).values == torch.stack([own, theirs], -1).sort(-1).values)[going].all()
+    assert agent.update(replay.sample(8))["losses/total"].isfinite()
+
+
+def pool_of(size=20, weighting="uniform", members=0, agent=None):
+    pool, agent = M.Pool(size, weighting, 0), agent or make_team(seats=2)
+    for _ in range(members):
+        pool.add(agent)
+    return pool
+
+
+def test_the_pools_score_is_smoothed_and_decays():
+    pool = pool_of(members=2, weighting="hard")
+    for won in (1.0, 1.0, 0.0):
+        pool.report(0, won)
+    wins, games = 0.95 * (0.95 * 1 + 1) + 0, 0.95 * (0.95 + 1) + 1
+    x = np.array([(1 + wins) / (2 + games), 0.5])
+    expected = (1 - x) ** 2 + 1e-3
+    np.testing.assert_allclose(pool.weights(), expected / expected.sum())
+    pool.weighting = "even"
+    expected = x * (1 - x) + 1e-3
+    np.testing.assert_allclose(pool.weights(), expected / expected.sum())
+    pool.report(77, 1.0)  # who is not there, or no longer
+    pool.report(None, 1.0)
+    assert set(pool.wins) == {0, 1}
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "hard", "even"])
+@pytest.mark.parametrize("won", [0.0, 1.0])
+def test_extreme_scores_give_neither_nan_nor_a_member_that_is_never_met(weighting, won):
+    pool = pool_of(members=3, weighting=weighting)
+    for number in range(3):
+        pool.wins[number], pool.games[number] = won * 1e12, 1e12
+    weights = pool.weights()
+    assert np.isfinite(weights).all() and (weights > 0.3).all() and abs(weights.sum() - 1) < 1e-9
+    drawn = [pool.draw() for _ in range(2000)]
+    assert abs(drawn.count(None) / 2000 - 0.5) < 0.05
+    assert all(abs(drawn.count(i) / 1000 - 1 / 3) < 0.07 for i in range(3))
+
+
+def test_a_full_pool_keeps_the_oldest_and_the_newest_and_spreads_the_rest():
+    pool, agent = pool_of(size=5), make_team(seats=2)
+    for number in range(40):
+        assert pool.add(agent) == number
+        assert len(pool.members) <= 5 and 0 in pool.members and number in pool.members
+        assert pool.members.keys() == pool.wins.keys() == pool.games.keys()
+    gaps = np.diff(list(pool.members))
+    assert gaps.max() <= 24 and sorted(pool.members) == list(pool.members)
+
+
+def test_members_of_the_pool_share_no_tensors_with_the_learner_and_do_not_change_with_it():
+    agent = make_team(seats=2)
+    pool = M.Pool(3, "uniform", 0)
+    member = pool.members[pool.add(agent)]
+    ours = {p.data_ptr() for p in agent.parameters()} | {x.data_ptr() for x in agent.buffers()}
+    assert not ours & ({p.data_ptr() for p in member.parameters()} | {x.data_ptr() for x in member.buffers()})
+    assert member.optimizer is None and agent.optimizer is not None  # and the learner has lost nothing
+    before = {k: p.clone() for k, p in member.named_parameters()}
+    agent.update(team_batch(agent))
+    assert all(torch.equal(p, before[k]) for k, p in member.named_parameters())
+    x, first, rng = np.ones((2, 3), np.float32), np.ones(2, bool), torch.Generator().manual_seed(0)
+    assert member.act(x, None, first, rng=rng)[1]["action"].shape == (2, 4)
+    other = M.Pool(3, "uniform", 0)
+    other.load_state_dict(pool.state_dict(), agent)
+    for k, p in other.members[0].named_parameters():
+        equal(p, before[k])
+    assert other.draw() == pool.draw() and other.next == pool.next
+
+
+class Numbered(Toy):
+    """Also tells which environment it is."""
+    numbers = itertools.count()
+
+    def __init__(self):
+        super().__init__((4, 4), 4)
+        self.number = next(self.numbers)
+
+    def see(self, agents, actions):
+        return {a: np.array([self.possible_agents.index(a), self.t, self.number, 0], np.float32) for a in agents}
+
+
+def test_partners_of_the_pool_keep_a_state_for_each_environment_that_begins_anew_with_each_episode(monkeypatch):
+    def two_members(agent):
+        pool = M.Pool(5, "uniform", 0)
+        for _ in range(2):
+            with torch.no_grad():
+                for p in agent.parameters():
+                    p.add_(0.3 * torch.randn(p.shape))
+            pool.add(agent)
+        return pool
+
+    last, original, kept, begun = {}, M.Dreamer.act, [], []
+
+    def checked(self, obs, state, is_first, deterministic=False, teammates=None, rng=None):
+        out = original(self, obs, state, is_first, deterministic, teammates, rng)
+        for i, (seat, t, number, _) in enumerate(obs["obs"].tolist() if rng is not None else ()):
+            key = id(self), seat, number
+            assert is_first[i] == (t == 0)
+            begun.append(t == 0)
+            if t > 0:  # what it knew after the step before, of this environment
+                kept.append(last[key][0] == t - 1)
+                for name, x in last[key][1].items():
+                    equal(state[name][i], x)
+            last[key] = t, {name: out[1][name][i].clone() for name in ("deter", "onehot", "action")}
+        return out
+
+    monkeypatch.setattr(M.Dreamer, "act", checked)
+    table, *_ = play_team(Numbered, 40, pool=two_members, partners="pool", num_envs=3)
+    assert all(kept) and len(kept) > 60 and sum(begun) > 15
+    assert len({key[0] for key in last}) == 3  # both members, and the live policy
+    assert len({key[2] for key in last}) == 3 and len(table.memory) <= 3
+
+
+def test_partners_do_not_touch_the_learners_state_or_generator():
+    def learner_rows(with_pool):
+        agent = make_team(Dict(obs=Box(-np.inf, np.inf, (4,), np.float32), seat=Discrete(2)), seats=2, perturb=0.2,
+                           partners="pool" if with_pool else "scripted")
+        pool = M.Pool(3, "uniform", 0)
+        pool.add(agent)
+        table = M.Table(agent, 3, pool if with_pool else None)
+        rng, first = np.random.default_rng(0), np.ones(3, bool)
+        obs = {"obs/obs": rng.normal(size=(3, 2, 4)).astype(np.float32), "learner": np.array([0, 1, 0]),
+               "play": np.zeros((3, 2, 4), np.float32), "reward": np.zeros((3, 2)), "script": np.zeros((3, 2), int),
+               "bayes": np.full((3, 2, 4), np.nan), **{k: np.ones((3, 2), bool) for k in ("here", "active")},
+               **{k: np.zeros((3, 2), bool) for k in ("last", "terminal")}}
+        _, rows = table.act(obs, first)
+        return rows, agent.act_rng.get_state(), agent.learn_rng.get_state()
+
+    (ours, *ours_rng), (alone, *alone_rng) = learner_rows(True), learner_rows(False)
+    for k in ("deter", "onehot", "action", "guess"):
+        equal(ours[k], alone[k])
+    for x, y in zip(ours_rng, alone_rng):
+        equal(x, y)
+
+
+# ---------------------------------------------------------------------------------------------------- teams: whole runs
+
+
+def team_args(**values):
+    return M.Args(**team_values(env_id="hidden_match", partners="scripted", total_timesteps=160) | values)
+
+
+def test_saved_agent_and_replay_give_the_identical_next_update(tmp_path):
+    table, replay, agent = play_team(lambda: Toy((6, 3)), 40)
+    agent.update(replay.sample(4))
+    M.save_run(tmp_path, agent, replay, {"global_step": 80})
+    torch.manual_seed(9)
+    loaded = M.Dreamer(Dict(obs=Box(-np.inf, np.inf, (4,), np.float32), seat=Discrete(2)), Discrete(4), agent.args, 2)
+    assert M.restore(loaded, tmp_path) == {"global_step": 80}
+    ring = M.ReplayBuffer(4000, 4, 8, loaded.replay_specs(), 3)
+    ring.load_state_dict(M.load_file(tmp_path, "replay.pt"))
+    replay.data["is_last"][:, replay.count - 1] = True  # a loaded replay marks where it broke off
+    for _ in range(2):
+        ours, theirs = agent.update(replay.sample(4)), loaded.update(ring.sample(4))
+        assert all(torch.equal(ours[k], theirs[k]) or ours[k].isnan() for k in ours)
+    assert all(torch.equal(p, q) for p, q in zip(agent.parameters(), loaded.parameters()))
+
+
+@pytest.mark.parametrize("partners", ["self", "pool", "scripted"])
+def test_a_run_trains_logs_saves_resumes_and_is_evaluated_with_partners(folder, partners):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    held = dict(held_out=("mixed",)) if partners == "scripted" else {}
+    summary = M.main(team_args(partners=partners, pool_every=40, pool_size=3, video_every=100, **held))
+    run, = (folder / "runs").iterdir()
+    assert summary["global_step"] == 160 and summary["updates"] > 5 and len(summary["eval_returns"]) == 4
+    assert json.loads((run / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    tags = events.EventAccumulator(str(run), size_guidance={"images": 9}).Reload().Tags()
+    for tag in ("losses/tom", "tom/accuracy", "tom/cross_entropy", "tom/skill", "tom/marginal", "losses/policy",
+                "charts/episodic_return", "eval/episodic_return", "eval/tom_skill"):
+        assert tag in tags["scalars"], tag
+    assert "dreams/teammates" in tags["images"]
+    names = {"self": set(), "scripted": {"0", "1", "2", "3", "mixed"},
+             "pool": {"live", "pool_0", "pool_3", "pool_4"}}[partners]
+    assert set(summary["eval_partners"]) == names
+    evaluation = M.main(M.parse_args(["--evaluate", str(run), "--eval-episodes", "3"]))
+    assert len(evaluation["eval_returns"]) == 3 and set(evaluation["eval_partners"]) == names
+    longer = M.main(M.parse_args(["--resume", str(run), "--total-timesteps", "200"]))
+    assert longer["global_step"] == 200 and longer["updates"] > summary["updates"]
+    saved = M.load_file(run)["pool"]
+    assert (saved is not None) == (partners == "pool") and (not saved or saved["next"] == 6)
+
+
+def test_returns_are_those_of_the_learner_and_of_the_team_and_lengths_those_of_the_episode(folder, monkeypatch):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setattr(M, "make_parallel", lambda args, render=False: Toy((6, 3, 6)))
+    each = np.array([sum(10 * t + seat for t in range(1, lives + 1)) for seat, lives in enumerate((6, 3, 6))])
+    summary = M.main(team_args(partners="self", total_timesteps=80))
+    run, = (folder / "runs").iterdir()
+    assert summary["eval_returns"] == [each.mean()] * 4 and summary["eval_team_return_mean"] == each.sum()
+    assert summary["train_returns"] and set(summary["train_returns"]) == {each.mean()}
+    log = events.EventAccumulator(str(run)).Reload()
+    for tag, value in {"charts/team_return": each.sum(), "charts/episodic_length": 6}.items():
+        assert {x.value for x in log.Scalars(tag)} == {value}
+    pool = M.main(team_args(partners="pool", total_timesteps=80, pool_every=30))
+    assert set(pool["eval_returns"]) | set(pool["train_returns"]) <= {float(x) for x in each}
+
+
+def test_the_pool_counts_a_victory_for_who_earned_more_than_the_others(folder):
+    table, *_ = play_team(lambda: Toy((4, 4)), 3, pool=lambda agent: pool_of(members=1, agent=agent), partners="pool")
+    obs = {"reward": np.array([[5.0, 1.0]] * 3), "learner": np.array([0, 1, 0]), "script": np.full((3, 2), -1)}
+    table.score, table.partners = np.array([[0.0, 0.0], [0.0, 0.0], [0.0, 4.0]]), [0, 0, 0]
+    results = []
+    for env in range(3):
+        table.pool.wins[0], table.pool.games[0] = 0.0, 0.0
+        own, name = table.finish(obs, env)
+        results.append((own, name, table.pool.wins[0]))
+    assert results == [(5.0, "pool_0", 1.0), (1.0, "pool_0", 0.0), (5.0, "pool_0", 0.5)]
+
+
+def test_an_interrupted_run_keeps_its_pool_and_goes_on(folder, monkeypatch):
+    update, calls = M.Dreamer.update, []
+
+    def interrupted(agent, batch):
+        calls.append(1)
+        if len(calls) == 12:
+            raise KeyboardInterrupt
+        return update(agent, batch)
+
+    monkeypatch.setattr(M.Dreamer, "update", interrupted)
+    summary = M.main(team_args(partners="pool", pool_every=10, pool_size=4))
+    run, = (folder / "runs").iterdir()
+    assert summary["interrupted"] and summary["eval_returns"] == [] and 0 < summary["global_step"] < 160
+    members = M.load_file(run)["pool"]["members"]
+    assert 0 in members and len(members) == 4
+    resumed = M.main(M.parse_args(["--resume", str(run)]))
+    assert resumed["global_step"] == 160 and {"live", "pool_0"} < set(resumed["eval_partners"])
+
+
+@slow
+def test_torchrun_spreads_a_run_with_a_pool_over_processes(folder):
+    flags = ["--size", "1m", "--num-envs", "2", "--batch-size", "2", "--batch-length", "8", "--partners", "pool",
+             "--pool-every", "40", "--eval-episodes", "2", "--threads", "1", "--no-cuda", "--video-every", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", M.__file__, *flags]
+    for more in (["--total-timesteps", "120"], ["--total-timesteps", "160"]):
+        done = subprocess.run([*torchrun, *more], capture_output=True, text=True, timeout=170)
+        assert done.returncode == 0, done.stderr
+        run, = (folder / "runs").iterdir()
+        summary = json.loads((run / "summary.json").read_text())
+        assert summary["global_step"] == int(more[1]) and summary["ranks"] == 2 and len(summary["eval_returns"]) == 2
+        torchrun += ["--resume", str(run)]
+
+
+@slow
+def test_compiled_updates_of_teams_are_the_eager_ones():
+    eager, compiled = (make_team(perturb=0.1, compile=on) for on in (False, True))
+    batch = team_batch(eager)
+    for _ in range(10):
+        results = [agent.update(dict(batch)) for agent in (eager, compiled)]
+    for name in results[0]:
+        if results[0][name].isfinite():
+            close(results[1][name], results[0][name], rtol=1e-2, atol=1e-3)
+
+
+@cuda
+def test_captured_updates_of_teams_are_the_eager_ones_and_a_run_with_a_pool_ends_well(folder):
+    agents = [make_team(perturb=0.1, cuda=True, compile=False, cuda_graph=on) for on in (False, True)]
+    batch = team_batch(agents[0])
+    batch["valid"][1, 4:7] = False
+    for _ in range(20):
+        results = [agent.update(dict(batch)) for agent in agents]
+    assert next(iter(agents[1].fast_learn.graphs.values()))["graph"] is not None
+    for name in results[0]:
+        close(results[1][name], results[0][name], rtol=1e-3, atol=1e-4)
+    assert M.main(team_args(partners="pool", pool_every=40, cuda=True))["global_step"] == 160
+
+
+def test_pictures_show_what_the_head_expected_of_teammates_beside_what_they_did(monkeypatch):
+    table, replay, agent = play_team(lambda: Toy((6, 3, 6)), 30)
+    image, = M.draw_teammates(agent, replay, context=3)["teammates"]
+    assert image.size == (8 * 14 + 1, 12 * 5 * 14) and len(image.getcolors(10**5)) > 5
+    drawn = Toy((6, 3, 6))
+    drawn.render_mode, drawn.render = "rgb_array", lambda: np.full((40, 60, 3), 10 * drawn.t, np.uint8)
+    monkeypatch.setattr(M, "make_parallel", lambda args, render: drawn)
+    frames = M.draw_game(agent, None)["game"]
+    assert [f.getpixel((5, 5))[0] for f in frames] == [10 * t for t in range(6)]  # six steps before the end
+    assert {f.size for f in frames} == {(60, 40 + 2 * 14 + 1)}
+    framed = [[sum(f.getpixel((14 * a + 7, 40 + 14 * j + 1)) == (0, 0, 0) for a in range(4)) for j in range(2)]
+              for f in frames]
+    assert framed == [[1, 1]] * 3 + [[0, 1]] * 3  # one action each, none of who has left
+    drawn.render_mode = None
+    assert M.draw_game(agent, None) == {}
+
+
+def test_agents_of_other_runs_join_the_pool(folder):
+    M.main(team_args(partners="pool", seed=7))
+    run, = (folder / "runs").iterdir()
+    agent = M.Dreamer(*M.seat_spaces(team_args())[:2], team_args(), 2)
+    pool = M.make_pool(agent, team_args(partners="pool", pool_checkpoints=(str(run),)), None)
+    weights = M.load_file(run)["agent"]
+    for k, p in pool.members[1].named_parameters():
+        equal(p, weights[k])
+    for k, p in pool.members[0].named_parameters():
+        equal(p, dict(agent.named_parameters())[k])
+    other = M.Dreamer(VECTOR, CHOICE, team_args(), 2)
+    with pytest.raises(M.InputError, match="cannot join the pool"):
+        M.make_pool(other, team_args(partners="pool", pool_checkpoints=(str(run),)), None)
+
+
+@pytest.mark.parametrize("flags", [("--teammate-model", "none"), ("--teammate-model", "joint"),
+                                   ("--teammate-model", "merged"), ("--tom-stop-grad",), ("--no-observe-teammates",),
+                                   ("--oracle",), ("--env-id", "prisoners_dilemma")])
+def test_every_arm_runs(folder, flags):
+    args = dataclasses.replace(M.parse_args(list(flags)), **team_values(eval_episodes=1), total_timesteps=60)
+    assert M.main(args)["updates"] > 0
+
+
+def test_the_command_line_takes_the_preset_of_the_game_and_flags_on_top():
+    assert M.parse_args([]) == M.Args.preset("hidden_match")
+    mpe = M.parse_args(["--env-id", "mpe2.simple_spread_v3", "--num-envs", "3"])
+    assert mpe == M.Args.preset("mpe2.simple_spread_v3", num_envs=3) and mpe.partners == "self"
+    assert M.parse_args(["--scripted", "0", "1", "--q", "0.5"]).scripted == ("0", "1")
+    for values in M.PRESETS.values():
+        M.Args(**values).check()
+
+
+def team_command(*flags):
+    return subprocess.run([sys.executable, str(Path(M.__file__)), *flags], capture_output=True, text=True, timeout=100,
+                          env={**os.environ, "COLUMNS": "200"})
+
+
+def test_the_command_line_answers_a_wrong_game_in_one_sentence_with_status_2_and_writes_nothing(folder):
+    done = team_command("--env-id", "no_such_module.env_v0")
+    assert done.returncode == 2 and "no_such_module.env_v0" in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("values,named", [
+    (dict(env_id="no_such_module.env_v0"), "no_such_module"), (dict(env_id="json"), "parallel_env"),
+    (dict(epsilon=1.5), "epsilon 1.5"), (dict(q=-0.1), "q -0.1"), (dict(team_latents=6), "team_latents 6"),
+    (dict(pool_size=2), "pool_size 2"), (dict(partners="self", scripted=("0",)), "scripted"),
+    (dict(scripted=("7",)), "'7'"), (dict(held_out=("nobody",)), "nobody"), (dict(env_kwargs="{"), "env_kwargs"),
+    (dict(env_kwargs="[1]"), "JSON object"), (dict(env_kwargs='{"colour": 1}'), "colour"),
+    (dict(capture_video=True), "hidden_match draws no frames"),
+    (dict(held_out=("0", "1", "2", "3")), "all scripted partners are held out"),
+    (dict(pool_checkpoints=("x",)), "pool_checkpoints"),
+    (dict(partners="pool", pool_checkpoints=("no/such/run",)), "no/such/run")])
+def test_bad_input_about_teams_is_an_input_error_that_names_the_value(folder, values, named):
+    with pytest.raises(M.InputError, match=f"(?s){named}"):
+        M.main(team_args(**values))
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("env_id,module,package", [
+    ("mpe2.simple_spread_v3", "mpe2", "mpe2==1.1.1"),
+    ("pettingzoo.butterfly.pistonball_v6", "pettingzoo", "pettingzoo"),
+    ("overcooked/cramped_room", "overcooked_ai_py.agents", "overcooked-ai==1.1.0"),
+    ("lbf/Foraging-8x8-2p-3f-v3", "lbforaging", "lbforaging==2.0.0"), ("hockey", "hockey", "Box2D==2.3.10")])
+def test_a_missing_game_is_an_input_error_with_the_line_that_installs_it(monkeypatch, env_id, module, package):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(M.InputError, match=f"pip install .*{package}"):
+        M.make_parallel(M.Args(env_id=env_id))
+
+
+def test_one_seat_is_an_input_error():
+    with pytest.raises(M.InputError, match="seats 1"):
+        make_team(seats=1)
+
+
+# ---------------------------------------------------------------------------------------------- games of other packages
+
+
+@pytest.mark.parametrize("kwargs,seats", [
+    pytest.param("{}", 3, marks=slow), ('{"N": 4, "continuous_actions": true}', 4)])
+def test_self_play_in_mpe2_trains_on_the_streams_of_all_seats(folder, kwargs, seats):
+    pytest.importorskip("mpe2")
+    summary = M.main(team_args(env_id="mpe2.simple_spread_v3", partners="self", env_kwargs=kwargs))
+    run, = (folder / "runs").iterdir()
+    replay = M.load_file(run, "replay.pt")
+    assert summary["updates"] > 0 and len(replay["data"]["reward"]) == 2 * seats
+    assert replay["data"]["teammates"].shape[2] == seats - 1
+    assert replay["data"]["is_last"].any() and not replay["data"]["is_terminal"].any()  # 25 steps, then truncated
+
+
+def test_overcooked_pays_shaping_that_fades_and_its_greedy_partner_delivers_soup():
+    pytest.importorskip("overcooked_ai_py")
+    env = M.Overcooked("cramped_room", shaping_steps=1000)
+    env.reset(seed=0)
+    returns, shaped, t = 0.0, [], 0
+    while env.agents:
+        sparse = env.game.game_stats["cumulative_sparse_rewards_by_agent"].sum()
+        _, reward, terminated, truncated, _ = env.step({a: env.play(a, "greedy") for a in env.possible_agents})
+        soup = env.game.game_stats["cumulative_sparse_rewards_by_agent"].sum() - sparse
+        extra = {a: r - soup for a, r in reward.items()}
+        shaped += [x / (1 - t / 1000) for x in extra.values() if x > 1e-9]
+        returns, t = returns + soup, t + 1
+    assert t == 400 and all(truncated.values()) and not any(terminated.values())
+    assert returns >= 100 and returns % 20 == 0
+    assert shaped and set(np.round(shaped, 6)) <= {3.0, 5.0}
+    env.reset(options={"steps": np.inf})
+    _, reward, *_ = env.step({a: 4 for a in env.possible_agents})
+    assert set(reward.values()) == {0.0}
+    assert M.Overcooked("cramped_room", "lossless").observation_space("cook_0").shape == (5 * 4 * 26,)
+    with pytest.raises(M.InputError, match="no_such_kitchen"):
+        M.Overcooked("no_such_kitchen")
+
+
+def test_foraging_pays_each_player_its_own_reward(folder):
+    pytest.importorskip("lbforaging")
+    env = M.Foraging("Foraging-8x8-2p-3f-v3")
+    obs, _ = env.reset(seed=0)
+    assert list(obs) == ["player_0", "player_1"] and obs["player_0"].shape == env.observation_space("player_0").shape
+    rng, total = np.random.default_rng(0), 0.0
+    for _ in range(3):
+        env.reset(seed=1)
+        while env.agents:
+            _, reward, terminated, truncated, _ = env.step({a: int(rng.integers(6)) for a in env.agents})
+            total += sum(reward.values())
+    assert 0 <= total <= 3.0 and terminated.keys() == truncated.keys() == set(env.possible_agents)
+
+
+class Rink:
+    """What the adapter uses of hockey-env: 18 numbers, seen negated from the other side; after 3 steps, `winner`."""
+    winner, observation_space, action_space = 1, Box(-np.inf, np.inf, (18,)), Box(-1, 1, (8,))
+
+    def reset(self, one_starting=None, mode=None, seed=None, options=None):
+        self.t = 0
+        return np.arange(18.0), {}
+
+    def obs_agent_two(self):
+        return -np.arange(18.0) - self.t
+
+    def get_info_agent_two(self):
+        return {"winner": -self.winner * (self.t == 3), "reward_closeness_to_puck": -0.5}
+
+    def step(self, action):
+        self.t, self.action = self.t + 1, action
+        info = {"winner": self.winner * (self.t == 3), "reward_closeness_to_puck": -0.25}
+        return np.arange(18.0) + self.t, 99.0, self.t == 3, False, info
+
+    def render(self, mode):
+        return np.zeros((48, 60, 3), np.uint8)
+
+
+class Bot:
+    def __init__(self, weak):
+        self.weak = weak
+
+    def act(self, obs):
+        return np.array([obs[1] / 100, 2.0, float(self.weak), 0.0])
+
+
+@pytest.mark.parametrize("winner", [1, -1, 0])
+def test_hockey_pays_the_winner_ends_draws_by_time_and_shows_each_player_its_own_side(monkeypatch, folder, winner):
+    monkeypatch.setattr(Rink, "winner", winner)
+    library = types.SimpleNamespace(HockeyEnv=Rink, BasicOpponent=Bot)
+    monkeypatch.setitem(sys.modules, "hockey", types.SimpleNamespace(hockey_env=library))
+    monkeypatch.setitem(sys.modules, "hockey.hockey_env", library)
+    env = M.make_parallel(M.Args(env_id="hockey", shaping_steps=4, num_envs=1))
+    obs, _ = env.reset(seed=0)
+    rewards = []
+    while env.agents:
+        equal(obs["player_1"], -obs["player_0"])
+        bots = env.play("player_0", "weak"), env.play("player_1", "strong")
+        x = (1 + env.game.t) / 100
+        np.testing.assert_allclose(bots, [[x, 1, 1, 0], [-x, 1, 0, 0]], atol=1e-6)
+        assert all(env.action_space(a).contains(bot) for a, bot in zip(env.possible_agents, bots))
+        obs, reward, terminated, truncated, _ = env.step(dict(zip(env.possible_agents, bots)))
+        np.testing.assert_allclose(env.game.action, np.concatenate(bots))
+        rewards.append(list(reward.values()))
+    fade = np.array([1, 0.75, 0.5])[:, None] * [-0.25, -0.5]
+    np.testing.assert_allclose(rewards, fade + np.array([[0, 0], [0, 0], [10 * winner, -10 * winner]]))
+    assert set(terminated.values()) == {winner != 0} and set(truncated.values()) == {winner == 0}
+    if winner == 1:
+        summary = M.main(team_args(env_id="hockey", total_timesteps=80, video_every=60))
+        assert set(summary["eval_partners"]) == {"weak", "strong"} and abs(summary["eval_returns"][0]) == 10
+
+
+# ------------------------------------------------------------------------------------------------------ teams: learning
+
+
+@slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_hidden_match_is_played_as_well_as_can_be_and_not_without_a_model_of_the_teammate(folder, seed):
+    tom = M.main(M.Args.preset("hidden_match", seed=seed, cuda=False))
+    assert tom["eval_return_mean"] >= 6.3 and tom["eval_tom"]["skill"] >= 0.9
+    plain = M.main(M.Args.preset("hidden_match", seed=seed, cuda=False, teammate_model="none"))
+    assert plain["eval_return_mean"] <= 2.8
+
+
+@slow
+def test_where_the_partner_is_seen_plain_dreamer_does_as_well(folder):
+    runs = [M.main(M.Args.preset("hidden_match", q=1.0, cuda=False, teammate_model=arm)) for arm in ("tom", "none")]
+    assert abs(runs[0]["eval_return_mean"] - runs[1]["eval_return_mean"]) <= 0.5
