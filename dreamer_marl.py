@@ -841,8 +841,8 @@ class ReplayBuffer:
             device = "cuda" if torch.cuda.is_available() and need < free_bytes("cuda") / 2 else "cpu"
             free = free_bytes(device)
         if need > free:
-            raise InputError(f"a replay of {capacity:,} steps takes {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free "
-                             f"on {device}: lower --buffer-size to {int(0.9 * free / self.bytes_per_step)}")
+            raise InputError(f"a replay of {capacity:,} steps takes {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+                             f" on {device}: lower --buffer-size to {int(0.9 * free / self.bytes_per_step)}")
         # on the CPU torch.empty takes memory only as rows are written
         self.data = {k: torch.empty((num_envs, self.rows, *shape), dtype=dtype, device=device)
                      for k, (shape, dtype) in specs.items()}
@@ -1714,8 +1714,8 @@ class Dreamer(nn.Module):
         return losses, returns, metrics
 
     def replay_value_loss(self, data: dict[str, Any], feat: torch.Tensor, bootstrap: torch.Tensor):
-        """Critic loss and λ-returns (B, T - 1) on real rewards, with gradient into the world model. bootstrap (B, T): the
-        return of the dream that began at each step stands for its value."""
+        """Critic loss and λ-returns (B, T - 1) on real rewards, with gradient into the world model. bootstrap (B, T):
+        the return of the dream that began at each step stands for its value."""
         discount = (~data["is_terminal"]).float() * self.args.gamma
         lam = (~data["is_last"]).float() * self.args.return_lambda  # what follows an episode's end is another's
         returns = lambda_return(data["reward"], bootstrap, discount, lam)

@@ -1,19 +1,25 @@
-"""One line for each run of dreamer_marl.py, from its summary.json: python benchmark/arms.py runs/* > benchmark/arms.csv"""
+"""One line for each finished run of dreamer_marl.py, from its summary.json:
+
+    python benchmark/arms.py runs/* > benchmark/marl/arms.csv
+"""
 import csv
 import json
 import sys
 from pathlib import Path
 
 writer = csv.writer(sys.stdout, lineterminator="\n")
-writer.writerow("env_id arm q partners seed steps updates seconds episodes return return_std cross_entropy marginal bayes "
-                "accuracy skill".split())
+measures = ["cross_entropy", "marginal", "bayes", "accuracy", "skill"]
+writer.writerow(["env_id", "arm", "q", "partners", "seed", "steps", "updates", "seconds", "episodes", "return",
+                 "return_std", *measures])
 rows = []
 for folder in sys.argv[1:]:
     s = json.loads((Path(folder) / "summary.json").read_text())
-    args, tom = s["args"], s.get("eval_tom", {})
+    if not s["eval_returns"]:  # interrupted
+        continue
+    args, tom = s["args"], s["eval_tom"]
     arm = args["teammate_model"] + "+stop-grad" * args["tom_stop_grad"] + "+oracle" * args["oracle"]
     rows.append([args["env_id"], arm, args["q"], args["partners"], args["seed"], s["global_step"], s["updates"],
                  round(s["seconds"]), len(s["eval_returns"]),
                  *(f"{s[f'eval_return_{k}']:.3f}" for k in ("mean", "std")),
-                 *(f"{tom[k]:.4f}" if k in tom else "" for k in ("cross_entropy", "marginal", "bayes", "accuracy", "skill"))])
+                 *(f"{tom[k]:.4f}" if k in tom else "" for k in measures)])
 writer.writerows(sorted(rows))

@@ -172,8 +172,8 @@ def main(options: Options) -> None:
                  load_at_start=os.getloadavg()[0],
                  versions={"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__})
     print(about)
-    print("| size | observation | mode | dtype | update ms | ± | first updates s | GFLOP | ideal ms | × ideal | kernels "
-          "| act 1 ms | act 16 ms | peak MiB |\n|" + "-|" * 14)
+    print("| size | observation | mode | dtype | update ms | ± | first updates s | GFLOP | ideal ms | × ideal "
+          "| kernels | act 1 ms | act 16 ms | peak MiB |\n|" + "-|" * 14)
     rows = [row for size in sizes for kind in options.observations
             for row in time_updates(options, size, kind, modes, peak)]
     runs = end_to_end(options) if options.end_to_end else []
