@@ -23,7 +23,7 @@ Time      Row t of the replay holds what *arrived* at t and the action chosen af
           h_t = f(h_{t-1}, z_{t-1}, a_{t-1});  z_t ~ q(z | h_t, x_t) when x_t is seen (posterior), z_t ~ p(z | h_t) in
           dreams (prior). The heads at t predict r_t and whether x_t was terminal; the return at t begins with r_{t+1}.
 
-Deviations from the reference: replay stores deter as bfloat16 and stoch as uint8 class indices (8 to 20 times smaller);
+Deviations from the reference: replay stores deter as bfloat16 and stoch as uint8 class indices (2.5 times smaller);
 samples are drawn by inverse CDF from uniform noise made ahead, so that a run can be replayed exactly; the presets of
 suites that the reference has none for (CartPole's above all) carry values of our own, see PRESETS.
 """
@@ -79,12 +79,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dmc_pixels": dict(size="200m", num_envs=16, train_ratio=256, total_timesteps=1_000_000),
     "box2d_pixels": dict(size="12m", num_envs=8, train_ratio=128, total_timesteps=500_000),  # ours
     "mujoco": dict(size="1m", num_envs=16, train_ratio=512, total_timesteps=1_000_000),  # ours, after dmc_vector
-    "classic_control": dict(  # ours: minutes on two CPU cores, so everything has to be learned from 1,500 small updates
-        size="1m", num_envs=16, train_ratio=16, total_timesteps=24_000,  # steps cost nothing here, updates do
+    "classic_control": dict(  # ours: minutes on two CPU cores, so all has to be learned from 1,900 small updates
+        size="1m", num_envs=16, train_ratio=20, total_timesteps=24_000,  # steps cost nothing here, updates do
         batch_size=16, batch_length=16, learning_rate=1e-3, warmup=100, anneal_lr=True, tau=0.1, gamma=0.99,
-        contdisc=False,  # "the pole has fallen" stands out from 1 more than from 0.99
-        rec_scale=100.0,  # angles of ±0.2 err by 0.01 at most, which drowns in a critic's loss of 1 to 5
-        ent_coef=3e-3, video_every=10_000, eval_episodes=20),
+        contdisc=False,  # 0 and 1 are learned in fewer updates than 0 and 0.99
+        rec_scale=100.0,  # errors of angles within ±0.2, squared, drown in the other losses, and the policy lives by them
+        ent_coef=0.01,  # with less, all environments drift to one side and the model never sees the other one's end
+        video_every=10_000, eval_episodes=20),
     "other": dict(size="12m", num_envs=4, train_ratio=128, total_timesteps=500_000),  # ours
 }
 
@@ -102,18 +103,20 @@ class Args:
     exp_name: str = "dreamer"  # name of the experiment, part of the run's name
     seed: int = 1  # seed of the environments, the networks, the replay and the noise
     cuda: bool = True  # use the GPU if there is one
-    # number format of the computation (parameters and losses stay float32); auto: bfloat16 on CUDA, float32 on CPU
+    # number format of updates (parameters and losses stay float32); auto: bfloat16 on CUDA, float32 on CPU
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     # CPU threads of PyTorch; 0 takes half of the cores, since with all of them any other process stalls every layer
     threads: int = 0
-    compile: bool | None = None  # fuse the steps of the recurrence with torch.compile; None: on CUDA only
+    # fuse the steps of the recurrence with torch.compile; by default where there is a GPU
+    compile: bool = dataclasses.field(default_factory=torch.cuda.is_available)
     cuda_graph: bool = True  # on CUDA, record update and act once and replay them as one launch
     # where the replay lies; auto: on the GPU if it takes less than half of what is free there
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"
     track: bool = False  # also log to Weights & Biases
     wandb_project_name: str = "dreamer"  # project on Weights & Biases
     wandb_entity: str | None = None  # team on Weights & Biases
-    capture_video: bool = False  # record the first environment's episodes as videos/{run_name}/*.mp4 (needs moviepy)
+    # record episodes 0, 1, 8, 27, …, 1000, 2000, … of the first environment as videos/{run_name}/*.mp4 (needs moviepy)
+    capture_video: bool = False
     video_every: int = 10_000  # steps between pictures of what the model dreams against what happened; 0: none
     log_every: int = 500  # steps between records of losses and speeds
     save_model: bool = True  # save agent.pt and replay.pt in the run's folder at the end and on interruption
@@ -172,8 +175,14 @@ class Args:
                      "eval_episodes", "log_every"):
             if getattr(self, name) < (least := 1 + (name == "batch_length")):  # the replay loss needs a next step
                 raise InputError(f"{name} {getattr(self, name)} must be at least {least}")
-        if (needed := (self.batch_length + 1) * self.num_envs) > self.buffer_size:
-            raise InputError(f"batch_length {self.batch_length} is longer than the buffer holds of each environment: "
+        if self.imag_last < 0 or self.imag_last == 1:
+            raise InputError(f"imag_last {self.imag_last} must be 0 or at least 2: the replay loss needs a next step")
+        if self.threads < 0:
+            raise InputError(f"threads {self.threads} must be 0, for half of the cores, or more")
+        # a window of every environment, and as much as a batch before the first update; rows are divided evenly
+        needed = max((self.batch_length + 1) * self.num_envs, self.batch_size * self.batch_length + self.num_envs)
+        if self.buffer_size < (needed := needed * int(os.environ.get("WORLD_SIZE", 1))):
+            raise InputError(f"batch_length {self.batch_length} and batch_size {self.batch_size} need a longer buffer: "
                              f"raise buffer_size {self.buffer_size} to {needed} or more")
 
 # --------------------------------------------------------------------------------------------------------- environments
@@ -202,31 +211,38 @@ def make_env(env_id: str, idx: int, capture_video: bool, run_name: str, pixels: 
     """CleanRL's thunk: a function without arguments that makes environment number `idx` of a run. Number 0 records its
     episodes under videos/{run_name} if `capture_video`. `pixels` replaces the observation by rendered frames. ALE ids
     get the preprocessing of Atari 100k, MiniGrid ids coloured tiles in place of object codes."""
-    record, atari = capture_video and idx == 0, env_id.startswith("ALE/")
-    module, packages = next((v for k, v in PACKAGES.items() if env_id.startswith(k)), ("", "or correct the name"))
+    record, name = capture_video and idx == 0, env_id.rpartition(":")[2]  # module:id is imported by Gymnasium
+    module, packages = next((v for k, v in PACKAGES.items() if name.startswith(k)), ("", "its package"))
+    atari = name.startswith("ALE/")
 
     def thunk() -> gym.Env:
         kwargs: dict[str, Any] = {"render_mode": "rgb_array"} if pixels or record else {}
         if atari:  # no sticky actions, the game's own actions; the wrapper below repeats them
             kwargs |= dict(frameskip=1, repeat_action_probability=0.0, full_action_space=False)
-        if env_id.startswith("dm_control/") and pixels:
+        if name.startswith("dm_control/") and pixels:
             kwargs |= dict(render_kwargs=dict(height=image_size, width=image_size, camera_id=0))
-        with explain_failure(env_id, packages):
-            if module:  # MinAtar registers on request, the others when they are imported
-                getattr(importlib.import_module(module), "register_envs", lambda: None)()
-            env = gym.make(env_id, **kwargs)
-            if record:
-                env = gym.wrappers.RecordVideo(env, f"videos/{run_name}", disable_logger=True)
-            if pixels:
-                env.reset()  # some environments render only after a reset
-                env = gym.wrappers.AddRenderObservation(env, render_only=True)
-            elif module == "minigrid":
-                env = importlib.import_module("minigrid.wrappers").RGBImgPartialObsWrapper(env, tile_size=8)
-            if atari:  # 30 no-ops, repeat 4 with the maximum of the last two frames, colour
-                env = gym.wrappers.AtariPreprocessing(env, screen_size=image_size, grayscale_obs=False)
+        try:
+            with explain_failure(env_id, packages):
+                if module:  # MinAtar registers on request, the others when they are imported
+                    getattr(importlib.import_module(module), "register_envs", lambda: None)()
+                env = gym.make(env_id, **kwargs)
+                if record:
+                    env = gym.wrappers.RecordVideo(env, f"videos/{run_name}", disable_logger=True)
+                if pixels:
+                    env.reset()  # some environments render only after a reset
+                    env = gym.wrappers.AddRenderObservation(env, render_only=True)
+                elif module == "minigrid":
+                    env = importlib.import_module("minigrid.wrappers").RGBImgPartialObsWrapper(env, tile_size=8)
+                if atari:  # 30 no-ops, repeat 4 with the maximum of the last two frames, colour
+                    env = gym.wrappers.AtariPreprocessing(env, screen_size=image_size, grayscale_obs=False)
+        except Exception as error:  # whatever a renderer raises
+            if isinstance(error, InputError) or not (pixels or record):
+                raise
+            raise InputError(f"{env_id} cannot be rendered here ({error}): without a display, MUJOCO_GL=egl may help, "
+                             "else leave out --pixels and --capture-video") from None
         if isinstance(env.observation_space, gym.spaces.Dict):  # text is no observation for a CNN or an MLP
             keep = [k for k, v in env.observation_space.items() if isinstance(v, (gym.spaces.Box, *CHOICES, *TREES))]
-            if len(keep) < len(env.observation_space):
+            if 0 < len(keep) < len(env.observation_space):
                 warnings.warn(f"{env_id}: only the observations {keep} are used, the others are not numbers")
                 env = gym.wrappers.FilterObservation(env, keep)
         return env
@@ -296,7 +312,10 @@ class ObservationCodec:
         if pixels and (len(space.shape) == 2 or space.shape[2] <= 4):
             channels = (*space.shape, 1)[2]
             return Leaf("image", (self.image_size, self.image_size, channels), channels)
-        return Leaf("vector", (n := int(np.prod(space.shape)),), n)
+        if (n := int(np.prod(space.shape))) > 4096:
+            warnings.warn(f"observation {name!r} {space.shape} of {space.dtype} is taken for a vector; an image would "
+                          "be uint8, height × width × 1 to 4 channels")
+        return Leaf("vector", (n,), n)
 
     def __call__(self, obs: Any) -> dict[str, np.ndarray]:
         flat, out = leaves(obs), {}
@@ -379,11 +398,10 @@ class ReplayBuffer:
         if self.window > self.rows:
             raise InputError(f"batch_length {batch_length} is longer than the buffer ({self.rows} steps each)")
         self.bytes_per_step = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in specs.values())
-        need, free = num_envs * self.rows * self.bytes_per_step, free_bytes(device)
+        need = num_envs * self.rows * self.bytes_per_step
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() and need < free_bytes("cuda") / 2 else "cpu"
-            free = free_bytes(device)
-        if need > free:
+        if need > (free := free_bytes(device)):
             raise InputError(f"a replay of {capacity:,} steps takes {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
                              f" on {device}: lower --buffer-size to {int(0.9 * free / self.bytes_per_step)}")
         # on the CPU torch.empty takes memory only as rows are written
@@ -431,8 +449,10 @@ class ReplayBuffer:
 
     def state_dict(self) -> dict[str, Any]:
         size = min(self.count, self.rows)
-        return {"data": {k: x[:, :size].clone() for k, x in self.data.items()}, "count": self.count,
-                "online": list(self.online), "rows": self.rows, "generator": self.generator.get_state()}
+        # a full ring on the CPU is not copied, for there may be no room for that
+        return {"data": {k: x[:, :size].to("cpu", copy=size < self.rows) for k, x in self.data.items()},
+                "count": self.count, "online": list(self.online), "rows": self.rows,
+                "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores a saved ring; raises InputError if it was saved with another capacity or number of environments."""
@@ -644,7 +664,7 @@ class Decoder(nn.Module):
         self.images, self.vectors = ([k for k in obs if (obs[k].kind == "image") == image] for image in (True, False))
         if self.vectors:
             self.mlp = MLP(size.deter + stoch, size.units, layers=3)
-            self.outputs = nn.ModuleDict({k.replace(".", "·"): Linear(size.units, obs[k].width) for k in self.vectors})
+            self.outputs = nn.ModuleList([Linear(size.units, obs[k].width) for k in self.vectors])
         if self.images:
             self.side = obs[self.images[0]].shape[0] // 16
             depths = [size.depth * m for m in (4, 4, 3, 2)] + [sum(obs[k].width for k in self.images)]
@@ -659,7 +679,7 @@ class Decoder(nn.Module):
         recon, stoch = {}, stoch.flatten(1)
         if self.vectors:
             x = self.mlp(torch.cat([stoch, deter], -1))  # the order of the reference, here alone
-            recon = {k: self.outputs[k.replace(".", "·")](x).float() for k in self.vectors}
+            recon = {k: layer(x).float() for k, layer in zip(self.vectors, self.outputs)}
         if self.images:
             groups = self.from_deter(deter).unflatten(-1, (self.from_deter.blocks, self.side, self.side, -1))
             x = groups.permute(0, 2, 3, 1, 4).flatten(3)  # block g makes the g-th group of channels
@@ -981,7 +1001,7 @@ class Dreamer(nn.Module):
         seed = args.seed + (2 * dist.get_rank() if dist.is_initialized() else 0)
         self.act_rng, self.learn_rng = (torch.Generator(self.device).manual_seed(seed + i) for i in (0, 1))
         cuda, rssm = self.device.type == "cuda", self.wm.rssm
-        if cuda if args.compile is None else args.compile:
+        if args.compile:
             rssm.obs_step, rssm.img_step = torch.compile(rssm.obs_step), torch.compile(rssm.img_step)
         self.fast_learn, self.fast_respond = (
             Captured(function, cuda and args.cuda_graph) for function in (self.learn, self.respond))
@@ -1094,9 +1114,10 @@ class Dreamer(nn.Module):
             deter, stoch, action = self.wm.rssm.imagine(deter.detach(), stoch.detach(), policy, horizon, z_noise)
             feat = features(deter, stoch)  # (N, H + 1, F)
             reward = SymexpTwoHot(self.wm.reward(feat)).pred()
-            cont = self.wm.cont(feat)[..., 0].float().sigmoid() * (1.0 if self.args.contdisc else self.args.gamma)
+            gamma = 1.0 if self.args.contdisc else self.args.gamma  # with contdisc the prediction holds it already
+            cont = self.wm.cont(feat)[..., 0].float().sigmoid() * gamma
             slow_value = self.slow_critic(feat).pred()
-            weight = cont.cumprod(1)  # how likely the dream still goes on; at the start, whether x was terminal
+            weight = cont.cumprod(1) / gamma  # how likely the dream still goes on; at first, whether x was terminal
         critic, dist = self.critic(feat), self.actor(feat[:, :-1])
         value, entropy = critic.pred().detach(), dist.entropy()
         returns = lambda_return(reward, value, cont, self.args.return_lambda)  # (N, H)
@@ -1144,13 +1165,24 @@ class Dreamer(nn.Module):
 
 # --------------------------------------------------------------------------------- evaluation, pictures and checkpoints
 
+@contextlib.contextmanager
+def leave_no_trace(*generators: torch.Generator):
+    """Puts the generators back where they were: to look at a run must not change it."""
+    states = [rng.get_state() for rng in generators]
+    try:
+        yield
+    finally:
+        for rng, state in zip(generators, states):
+            rng.set_state(state)
+
 def evaluate(agent: Dreamer, args: Args, episodes: int, run_name: str = "eval", deterministic: bool = False,
              capture_video: bool = False, max_steps: int = 27_000) -> list[float]:
     """Returns (undiscounted sums of reward) of `episodes` episodes, played at once in as many environments: each gives
     its first, so that short episodes are not favoured. An episode longer than `max_steps` counts as far as that."""
     state, is_first, done = None, np.ones(episodes, bool), np.zeros(episodes, bool)
     returns, running = np.zeros(episodes), np.ones(episodes, bool)
-    with contextlib.closing(make_vector_env(args, episodes, run_name, capture_video)) as envs:
+    envs = make_vector_env(args, episodes, run_name, capture_video)
+    with contextlib.closing(envs), leave_no_trace(agent.act_rng):
         obs, _ = envs.reset(seed=args.seed + 10_000)
         for _ in range(max_steps):
             action, state = agent.act(obs, state, is_first, deterministic)
@@ -1199,7 +1231,10 @@ def save_dreams(agent: Dreamer, buffer: ReplayBuffer, writer: Any, run_dir: Path
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     (run_dir / "dreams").mkdir(exist_ok=True)
-    for key, (image, *later) in draw_dreams(agent, buffer).items():
+    # not recompiled for the shapes of the pictures
+    with leave_no_trace(agent.act_rng, buffer.generator), torch.compiler.set_stance("force_eager"):
+        pictures = draw_dreams(agent, buffer)
+    for key, (image, *later) in pictures.items():
         path = run_dir / "dreams" / f"{key.replace('/', '-')}_{step:09d}.{'gif' if later else 'png'}"
         image.save(path, **dict(save_all=True, append_images=later, duration=100, loop=0) if later else {})
         proto = Summary.Image(height=image.height, width=image.width, encoded_image_string=path.read_bytes())
@@ -1219,7 +1254,11 @@ def load_file(run_dir: str | Path, name: str = "agent.pt") -> dict[str, Any]:
     if not (path := Path(run_dir) / name).is_file():
         raise InputError(f"{run_dir} holds no {name}: give the folder of a run that ended, was interrupted, or was "
                          "started with --checkpoint-every")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds
+        raise InputError(f"{path} is damaged or of another program ({type(error).__name__}): take a copy of it, or start "
+                         "anew") from None
 
 def restore(agent: Dreamer, run_dir: str | Path, rank: int = 0) -> dict[str, Any]:
     """Loads a saved agent into `agent`; returns the run's counters. Raises InputError if it does not fit.
@@ -1242,7 +1281,10 @@ def parse_args(argv: list[str] | None = None) -> Args:
     first.add_argument("--pixels", action="store_true")
     known, _ = first.parse_known_args(argv)
     run_dir = known.resume or known.evaluate
-    default = Args(**load_file(run_dir)["args"]) if run_dir else Args.preset(known.env_id, known.pixels)
+    try:
+        default = Args(**load_file(run_dir)["args"]) if run_dir else Args.preset(known.env_id, known.pixels)
+    except (TypeError, KeyError) as error:
+        raise InputError(f"{run_dir} was saved by another script or another version of it ({error})") from None
     return tyro.cli(Args, args=argv, default=dataclasses.replace(default, resume="", evaluate=""),
                     description=__doc__[: __doc__.index("The algorithm")])
 
@@ -1261,7 +1303,8 @@ def main(args: Args) -> dict[str, Any]:
     np.random.seed(args.seed + rank)
     torch.manual_seed(args.seed)  # the same weights in every process
     torch.backends.cudnn.deterministic = True
-    torch.set_num_threads(args.threads or max(1, (os.cpu_count() or 2) // 2 // ranks))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+    torch.set_num_threads(args.threads or max(1, cores // 2 // ranks))
     name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
     names = [args.resume or args.evaluate or f"runs/{name}"]
     if ranks > 1:
@@ -1291,17 +1334,20 @@ def main(args: Args) -> dict[str, Any]:
     if args.resume:
         buffer.load_state_dict(load_file(run_dir, replay_file))
 
-    from torch.utils.tensorboard import SummaryWriter  # after all that can complain, so that nothing is left over
+    from torch.utils.tensorboard import SummaryWriter
     from tqdm import tqdm
-    run_dir.mkdir(parents=True, exist_ok=True)
-    writer = None
-    if rank == 0:
-        if args.track:
-            with explain_failure("--track", "wandb"):
-                import wandb
+    if args.track and rank == 0:
+        with explain_failure("wandb", "wandb, or leave out --track"):
+            import wandb
+        try:
             wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True,
                        config=vars(args), name=run_dir.name, save_code=True)  # monitor_gym knows only the old Gym
-        writer = SummaryWriter(str(run_dir))
+        except Exception as error:
+            raise InputError(f"Weights & Biases cannot be reached ({error}): log in, set WANDB_MODE=offline, or leave "
+                             "out --track") from None
+    run_dir.mkdir(parents=True, exist_ok=True)  # after all that can complain, so that nothing is left over
+    writer = SummaryWriter(str(run_dir)) if rank == 0 else None
+    if writer:
         table = "".join(f"\n|{k}|{v}|" for k, v in vars(args).items())
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|{table}")
         print(*(f"{k} = {v}" for k, v in vars(args).items()), sep="\n")
@@ -1310,7 +1356,7 @@ def main(args: Args) -> dict[str, Any]:
               f"{capacity * buffer.bytes_per_step / 2**30:.2f} GiB when full")
 
     first_step, first_updates, credit, start = counters["global_step"], counters["updates"], 0.0, time.time()
-    step, updates, interrupted, state = first_step, first_updates, False, None
+    step, updates, finished, state = first_step, first_updates, False, None
     episodes, eval_returns, metrics, no = [], [], {}, np.zeros(n, bool)
     arrived = dict(reward=np.zeros(n), is_first=~no, is_last=no, is_terminal=no)
     returns, lengths = np.zeros(n), np.zeros(n, int)  # of the episodes that are going on
@@ -1335,6 +1381,10 @@ def main(args: Args) -> dict[str, Any]:
         seconds = time.time() - start  # of this part of the run; speeds are of it alone
         return {"global_step": step, "updates": updates, "seconds": counters["seconds"] + seconds, "ranks": ranks,
                 "sps": (step - first_step) / seconds, "updates_per_second": (updates - first_updates) / seconds}
+
+    def save() -> None:
+        if np.isfinite(float(metrics.get("diagnostics/update_norm", 0))):  # never in place of healthy weights
+            save_run(run_dir, agent, buffer, progress(), replay_file)
 
     try:
         obs, _ = envs.reset(seed=args.seed + step + 1000 * rank)
@@ -1389,21 +1439,21 @@ def main(args: Args) -> dict[str, Any]:
             if due(args.eval_every):
                 eval_returns = play()
             if due(args.checkpoint_every):
-                save_run(run_dir, agent, buffer, progress(), replay_file)
+                save()
+        finished = True
     except KeyboardInterrupt:
-        interrupted = True
         tqdm.write("interrupted: saving")
     finally:
         bar.close()
         end = progress()
-        if args.save_model and np.isfinite(float(metrics.get("losses/total", 0))):  # never in place of healthy weights
-            save_run(run_dir, agent, buffer, end, replay_file)
+        if args.save_model:
+            save()
         envs.close(**({"terminate": True} if isinstance(envs, gym.vector.AsyncVectorEnv) else {}))
-        if not interrupted and sys.exc_info()[0] is None:
-            eval_returns = play()
+        with contextlib.suppress(KeyboardInterrupt):  # what has been learned is told in any case
+            eval_returns = play() if finished else eval_returns
         mean, std = (float(f(eval_returns)) if eval_returns else None for f in (np.mean, np.std))
         summary = end | {
-            "interrupted": interrupted, "train_returns": episodes[-20:], "eval_return_mean": mean,
+            "interrupted": not finished, "train_returns": episodes[-20:], "eval_return_mean": mean,
             "eval_return_std": std, "eval_returns": eval_returns, "args": vars(args),
             "device": torch.cuda.get_device_name() if agent.device.type == "cuda" else platform.processor() or "cpu",
             "versions": {"python": platform.python_version(), **{m.__name__: m.__version__ for m in (torch, np, gym)}}}

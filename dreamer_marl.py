@@ -70,8 +70,8 @@ SHARED = (
     "Normal", "Joint", "init_weight", "RMSNorm", "Linear", "BlockLinear", "Layer", "MLP", "Conv", "Encoder", "Decoder",
     "RSSM", "features", "WorldModel.encode", "Actor", "Critic", "lambda_return", "ReturnNormalizer", "LaProp",
     "average_over_processes", "Captured", "Dreamer.noise", "Dreamer.upload", "Dreamer.learn", "Dreamer.loss",
-    "Dreamer.replay_value_loss", "Dreamer.get_extra_state", "Dreamer.set_extra_state", "draw_dreams", "load_file",
-    "restore")
+    "Dreamer.replay_value_loss", "Dreamer.get_extra_state", "Dreamer.set_extra_state", "leave_no_trace", "draw_dreams",
+    "load_file", "restore")
 
 class InputError(ValueError):
     """Something that the user gave cannot be used; the message says what it was and what to do instead."""
@@ -125,18 +125,20 @@ class Args:
     exp_name: str = "dreamer_marl"  # name of the experiment, part of the run's name
     seed: int = 1  # seed of the environments, the networks, the replay and the noise
     cuda: bool = True  # use the GPU if there is one
-    # number format of the computation (parameters and losses stay float32); auto: bfloat16 on CUDA, float32 on CPU
+    # number format of updates (parameters and losses stay float32); auto: bfloat16 on CUDA, float32 on CPU
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     # CPU threads of PyTorch; 0 takes half of the cores, since with all of them any other process stalls every layer
     threads: int = 0
-    compile: bool | None = None  # fuse the steps of the recurrence with torch.compile; None: on CUDA only
+    # fuse the steps of the recurrence with torch.compile; by default where there is a GPU
+    compile: bool = dataclasses.field(default_factory=torch.cuda.is_available)
     cuda_graph: bool = True  # on CUDA, record update and act once and replay them as one launch
     # where the replay lies; auto: on the GPU if it takes less than half of what is free there
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"
     track: bool = False  # also log to Weights & Biases
     wandb_project_name: str = "dreamer"  # project on Weights & Biases
     wandb_entity: str | None = None  # team on Weights & Biases
-    capture_video: bool = False  # record the first environment's episodes as videos/{run_name}/*.mp4 (needs moviepy)
+    # record episodes 0, 1, 8, 27, …, 1000, 2000, … of the first environment as videos/{run_name}/*.mp4 (needs moviepy)
+    capture_video: bool = False
     video_every: int = 10_000  # steps between pictures of what the model dreams against what happened; 0: none
     log_every: int = 500  # steps between records of losses and speeds
     save_model: bool = True  # save agent.pt and replay.pt in the run's folder at the end and on interruption
@@ -164,7 +166,8 @@ class Args:
     # who plays the other seats. self: the policy itself, and all seats learn; pool: half of the episodes itself,
     # half past selves; scripted: policies that come with the environment. The learner sits in a random seat
     partners: Literal["self", "pool", "scripted"] = "self"
-    scripted: tuple[str, ...] = ()  # names of the scripted partners to learn with; none: all that are not held out
+    # names of the scripted partners to learn with; none: all that are not held out, without HiddenMatch's "mixed"
+    scripted: tuple[str, ...] = ()
     held_out: tuple[str, ...] = ()  # names of further scripted partners that are met only in evaluations
     pool_size: int = 20  # past selves that the pool holds
     pool_every: int = 5_000  # steps between additions to the pool; 0: none after the first
@@ -239,8 +242,14 @@ class Args:
                              "--partners scripted")
         if self.pool_checkpoints and self.partners != "pool":
             raise InputError(f"partners {self.partners!r} take no pool_checkpoints: add --partners pool")
-        if (needed := (self.batch_length + 1) * self.num_envs) > self.buffer_size:
-            raise InputError(f"batch_length {self.batch_length} is longer than the buffer holds of each environment: "
+        if self.imag_last < 0 or self.imag_last == 1:
+            raise InputError(f"imag_last {self.imag_last} must be 0 or at least 2: the replay loss needs a next step")
+        if self.threads < 0:
+            raise InputError(f"threads {self.threads} must be 0, for half of the cores, or more")
+        # a window of every environment, and as much as a batch before the first update; rows are divided evenly
+        needed = max((self.batch_length + 1) * self.num_envs, self.batch_size * self.batch_length + self.num_envs)
+        if self.buffer_size < (needed := needed * int(os.environ.get("WORLD_SIZE", 1))):
+            raise InputError(f"batch_length {self.batch_length} and batch_size {self.batch_size} need a longer buffer: "
                              f"raise buffer_size {self.buffer_size} to {needed} or more")
 
 # --------------------------------------------------------------------------------------------------------- environments
@@ -519,7 +528,9 @@ def make_parallel(args: Args, render: bool = False) -> Any:
                 return Hockey(**shaping | kwargs)
         if family == "lbf":
             return Foraging(name, **kwargs)
-        packages = "mpe2==1.1.1" if family.startswith("mpe2") else '"pettingzoo[butterfly,sisl]", or correct the name'
+        hints = {"mpe": "mpe2==1.1.1", "simple_": "mpe2==1.1.1, and write mpe2.simple_…",
+                 "pettingzoo.": '"pettingzoo[butterfly,sisl]"', "": "its package, or correct the name"}
+        packages = next(hint for part, hint in hints.items() if part in family)
         with explain_failure(args.env_id, packages):
             os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame must not look for a display
             module = importlib.import_module(args.env_id)
@@ -733,7 +744,10 @@ class ObservationCodec:
         if pixels and (len(space.shape) == 2 or space.shape[2] <= 4):
             channels = (*space.shape, 1)[2]
             return Leaf("image", (self.image_size, self.image_size, channels), channels)
-        return Leaf("vector", (n := int(np.prod(space.shape)),), n)
+        if (n := int(np.prod(space.shape))) > 4096:
+            warnings.warn(f"observation {name!r} {space.shape} of {space.dtype} is taken for a vector; an image would "
+                          "be uint8, height × width × 1 to 4 channels")
+        return Leaf("vector", (n,), n)
 
     def __call__(self, obs: Any) -> dict[str, np.ndarray]:
         flat, out = leaves(obs), {}
@@ -836,11 +850,10 @@ class ReplayBuffer:
         if self.window > self.rows:
             raise InputError(f"batch_length {batch_length} is longer than the buffer ({self.rows} steps each)")
         self.bytes_per_step = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in specs.values())
-        need, free = num_envs * self.rows * self.bytes_per_step, free_bytes(device)
+        need = num_envs * self.rows * self.bytes_per_step
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() and need < free_bytes("cuda") / 2 else "cpu"
-            free = free_bytes(device)
-        if need > free:
+        if need > (free := free_bytes(device)):
             raise InputError(f"a replay of {capacity:,} steps takes {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
                              f" on {device}: lower --buffer-size to {int(0.9 * free / self.bytes_per_step)}")
         # on the CPU torch.empty takes memory only as rows are written
@@ -888,8 +901,10 @@ class ReplayBuffer:
 
     def state_dict(self) -> dict[str, Any]:
         size = min(self.count, self.rows)
-        return {"data": {k: x[:, :size].clone() for k, x in self.data.items()}, "count": self.count,
-                "online": list(self.online), "rows": self.rows, "generator": self.generator.get_state()}
+        # a full ring on the CPU is not copied, for there may be no room for that
+        return {"data": {k: x[:, :size].to("cpu", copy=size < self.rows) for k, x in self.data.items()},
+                "count": self.count, "online": list(self.online), "rows": self.rows,
+                "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores a saved ring; raises InputError if it was saved with another capacity or number of environments."""
@@ -1101,7 +1116,7 @@ class Decoder(nn.Module):
         self.images, self.vectors = ([k for k in obs if (obs[k].kind == "image") == image] for image in (True, False))
         if self.vectors:
             self.mlp = MLP(size.deter + stoch, size.units, layers=3)
-            self.outputs = nn.ModuleDict({k.replace(".", "·"): Linear(size.units, obs[k].width) for k in self.vectors})
+            self.outputs = nn.ModuleList([Linear(size.units, obs[k].width) for k in self.vectors])
         if self.images:
             self.side = obs[self.images[0]].shape[0] // 16
             depths = [size.depth * m for m in (4, 4, 3, 2)] + [sum(obs[k].width for k in self.images)]
@@ -1116,7 +1131,7 @@ class Decoder(nn.Module):
         recon, stoch = {}, stoch.flatten(1)
         if self.vectors:
             x = self.mlp(torch.cat([stoch, deter], -1))  # the order of the reference, here alone
-            recon = {k: self.outputs[k.replace(".", "·")](x).float() for k in self.vectors}
+            recon = {k: layer(x).float() for k, layer in zip(self.vectors, self.outputs)}
         if self.images:
             groups = self.from_deter(deter).unflatten(-1, (self.from_deter.blocks, self.side, self.side, -1))
             x = groups.permute(0, 2, 3, 1, 4).flatten(3)  # block g makes the g-th group of channels
@@ -1529,7 +1544,7 @@ class Dreamer(nn.Module):
         seed = args.seed + (2 * dist.get_rank() if dist.is_initialized() else 0)
         self.act_rng, self.learn_rng = (torch.Generator(self.device).manual_seed(seed + i) for i in (0, 1))
         cuda, rssm = self.device.type == "cuda", self.wm.rssm
-        if cuda if args.compile is None else args.compile:
+        if args.compile:
             rssm.obs_step, rssm.img_step = torch.compile(rssm.obs_step), torch.compile(rssm.img_step)
         self.fast_learn, self.fast_respond = (
             Captured(function, cuda and args.cuda_graph) for function in (self.learn, self.respond))
@@ -1690,9 +1705,10 @@ class Dreamer(nn.Module):
             deter, stoch, action = self.wm.rssm.imagine(deter.detach(), stoch.detach(), policy, horizon, z_noise)
             feat = features(deter, stoch)  # (N, H + 1, F)
             reward = SymexpTwoHot(self.wm.reward(feat)).pred()
-            cont = self.wm.cont(feat)[..., 0].float().sigmoid() * (1.0 if self.args.contdisc else self.args.gamma)
+            gamma = 1.0 if self.args.contdisc else self.args.gamma  # with contdisc the prediction holds it already
+            cont = self.wm.cont(feat)[..., 0].float().sigmoid() * gamma
             slow_value = self.slow_critic(feat).pred()
-            weight = cont.cumprod(1)  # how likely the dream still goes on; at the start, whether x was terminal
+            weight = cont.cumprod(1) / gamma  # how likely the dream still goes on; at first, whether x was terminal
         critic, dist = self.critic(feat), self.actor(feat[:, :-1])
         value, entropy = critic.pred().detach(), dist.entropy()
         returns = lambda_return(reward, value, cont, self.args.return_lambda)  # (N, H)
@@ -1832,6 +1848,12 @@ class Pool:
             return None
         return int(self.rng.choice(list(self.members), p=self.weights()))
 
+    def aside(self) -> "Pool":
+        """The same members for an evaluation or a picture, whose draws leave those of the run as they are."""
+        other = copy.copy(self)
+        other.rng = copy.deepcopy(self.rng)
+        return other
+
     def report(self, number: int | None, won: float) -> None:
         """1 for a victory of the learner, 0.5 for a tie, 0 for a defeat; of who has left, nothing is kept."""
         if number in self.members:
@@ -1949,6 +1971,16 @@ class Table:
 
 # --------------------------------------------------------------------------------- evaluation, pictures and checkpoints
 
+@contextlib.contextmanager
+def leave_no_trace(*generators: torch.Generator):
+    """Puts the generators back where they were: to look at a run must not change it."""
+    states = [rng.get_state() for rng in generators]
+    try:
+        yield
+    finally:
+        for rng, state in zip(generators, states):
+            rng.set_state(state)
+
 @torch.no_grad()
 def evaluate(agent: Dreamer, args: Args, episodes: int, run_name: str = "eval", deterministic: bool = False,
              capture_video: bool = False, max_steps: int = 27_000, scripts: tuple[str, ...] | None = None,
@@ -1958,8 +1990,9 @@ def evaluate(agent: Dreamer, args: Args, episodes: int, run_name: str = "eval", 
     sums of reward (with self-play the mean of the seats'), "team_returns", the sums over all seats, and "tom", the
     measures of `skill`. MARL: the partners are those of training, or named by `scripts` or `partner` (see Table)."""
     first, done, running = np.ones(episodes, bool), np.zeros(episodes, bool), np.ones(episodes, bool)
-    table, log = Table(agent, episodes, pool, partner), []
-    with contextlib.closing(make_vector_env(args, episodes, run_name, capture_video, scripts)) as envs:
+    table, log = Table(agent, episodes, pool and pool.aside(), partner), []
+    envs = make_vector_env(args, episodes, run_name, capture_video, scripts)
+    with contextlib.closing(envs), leave_no_trace(agent.act_rng):
         obs, _ = envs.reset(seed=args.seed + 10_000, options={"steps": np.inf})  # past all shaping of rewards
         learner, scores = obs["learner"], np.zeros((episodes, table.k))
         for _ in range(max_steps):
@@ -2096,11 +2129,15 @@ def draw_game(agent: Dreamer, pool: Pool | None, steps: int = 100, cell: int = 1
     row for each, framed (or black) what they do. {} where the environment draws nothing."""
     from PIL import Image, ImageDraw
 
-    parallel, frames, first = make_parallel(agent.args, render=True), [], np.ones(1, bool)
+    frames, first = [], np.ones(1, bool)
+    try:
+        parallel = make_parallel(agent.args, render=True)
+    except InputError:  # it knows no render_mode
+        return {}
     if getattr(parallel, "render_mode", None) != "rgb_array":
         return {}
     choices = all(kind == "discrete" for kind, _ in agent.actions.heads.values())
-    table, seats = Table(agent, 1, pool), Seats(parallel, scripts_of(agent.args, parallel))
+    table, seats = Table(agent, 1, pool and pool.aside()), Seats(parallel, scripts_of(agent.args, parallel))
     with contextlib.closing(gym.vector.SyncVectorEnv([lambda: seats])) as envs:
         obs, _ = envs.reset(seed=agent.args.seed, options={"steps": np.inf})
         for _ in range(steps):
@@ -2127,7 +2164,9 @@ def save_dreams(agent: Dreamer, buffer: ReplayBuffer, writer: Any, run_dir: Path
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     (run_dir / "dreams").mkdir(exist_ok=True)
-    pictures = draw_dreams(agent, buffer) | draw_teammates(agent, buffer) | draw_game(agent, pool)  # MARL
+    # not recompiled for the shapes of the pictures
+    with leave_no_trace(agent.act_rng, buffer.generator), torch.compiler.set_stance("force_eager"):
+        pictures = draw_dreams(agent, buffer) | draw_teammates(agent, buffer) | draw_game(agent, pool)  # MARL
     for key, (image, *later) in pictures.items():
         path = run_dir / "dreams" / f"{key.replace('/', '-')}_{step:09d}.{'gif' if later else 'png'}"
         image.save(path, **dict(save_all=True, append_images=later, duration=100, loop=0) if later else {})
@@ -2149,7 +2188,11 @@ def load_file(run_dir: str | Path, name: str = "agent.pt") -> dict[str, Any]:
     if not (path := Path(run_dir) / name).is_file():
         raise InputError(f"{run_dir} holds no {name}: give the folder of a run that ended, was interrupted, or was "
                          "started with --checkpoint-every")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds
+        raise InputError(f"{path} is damaged or of another program ({type(error).__name__}): take a copy of it, or start "
+                         "anew") from None
 
 def restore(agent: Dreamer, run_dir: str | Path, rank: int = 0) -> dict[str, Any]:
     """Loads a saved agent into `agent`; returns the run's counters. Raises InputError if it does not fit.
@@ -2189,7 +2232,10 @@ def parse_args(argv: list[str] | None = None) -> Args:
         first.add_argument(f"--{name}", f"--{name.replace('-', '_')}", default=getattr(Args, name.replace("-", "_")))
     known, _ = first.parse_known_args(argv)
     run_dir = known.resume or known.evaluate
-    default = Args(**load_file(run_dir)["args"]) if run_dir else Args.preset(known.env_id)  # MARL
+    try:
+        default = Args(**load_file(run_dir)["args"]) if run_dir else Args.preset(known.env_id)  # MARL
+    except (TypeError, KeyError) as error:
+        raise InputError(f"{run_dir} was saved by another script or another version of it ({error})") from None
     return tyro.cli(Args, args=argv, default=dataclasses.replace(default, resume="", evaluate=""),
                     description=__doc__[: __doc__.index("The algorithm")])
 
@@ -2208,7 +2254,8 @@ def main(args: Args) -> dict[str, Any]:
     np.random.seed(args.seed + rank)
     torch.manual_seed(args.seed)  # the same weights in every process
     torch.backends.cudnn.deterministic = True
-    torch.set_num_threads(args.threads or max(1, (os.cpu_count() or 2) // 2 // ranks))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+    torch.set_num_threads(args.threads or max(1, cores // 2 // ranks))
     name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
     names = [args.resume or args.evaluate or f"runs/{name}"]
     if ranks > 1:
@@ -2245,17 +2292,20 @@ def main(args: Args) -> dict[str, Any]:
     if args.resume:
         buffer.load_state_dict(load_file(run_dir, replay_file))
 
-    from torch.utils.tensorboard import SummaryWriter  # after all that can complain, so that nothing is left over
+    from torch.utils.tensorboard import SummaryWriter
     from tqdm import tqdm
-    run_dir.mkdir(parents=True, exist_ok=True)
-    writer = None
-    if rank == 0:
-        if args.track:
-            with explain_failure("--track", "wandb"):
-                import wandb
+    if args.track and rank == 0:
+        with explain_failure("wandb", "wandb, or leave out --track"):
+            import wandb
+        try:
             wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True,
                        config=vars(args), name=run_dir.name, save_code=True)  # monitor_gym knows only the old Gym
-        writer = SummaryWriter(str(run_dir))
+        except Exception as error:
+            raise InputError(f"Weights & Biases cannot be reached ({error}): log in, set WANDB_MODE=offline, or leave "
+                             "out --track") from None
+    run_dir.mkdir(parents=True, exist_ok=True)  # after all that can complain, so that nothing is left over
+    writer = SummaryWriter(str(run_dir)) if rank == 0 else None
+    if writer:
         table = "".join(f"\n|{k}|{v}|" for k, v in vars(args).items())
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|{table}")
         print(*(f"{k} = {v}" for k, v in vars(args).items()), sep="\n")
@@ -2264,7 +2314,7 @@ def main(args: Args) -> dict[str, Any]:
               f"{capacity * buffer.bytes_per_step / 2**30:.2f} GiB when full")
 
     first_step, first_updates, credit, start = counters["global_step"], counters["updates"], 0.0, time.time()
-    step, updates, interrupted, state = first_step, first_updates, False, None
+    step, updates, finished, state = first_step, first_updates, False, None
     episodes, metrics, no = [], {}, np.zeros(n, bool)
     result: dict[str, Any] = dict(eval_return_mean=None, eval_return_std=None, eval_returns=[])  # MARL: of `assess`
     arrived = dict(reward=np.zeros(n), is_first=~no, is_last=no, is_terminal=no)
@@ -2292,6 +2342,10 @@ def main(args: Args) -> dict[str, Any]:
         seconds = time.time() - start  # of this part of the run; speeds are of it alone
         return {"global_step": step, "updates": updates, "seconds": counters["seconds"] + seconds, "ranks": ranks,
                 "sps": (step - first_step) / seconds, "updates_per_second": (updates - first_updates) / seconds}
+
+    def save() -> None:
+        if np.isfinite(float(metrics.get("diagnostics/update_norm", 0))):  # never in place of healthy weights
+            save_run(run_dir, agent, buffer, progress(), replay_file, pool)
 
     try:
         # MARL: "steps" tells an environment whose shaped rewards fade how far they have
@@ -2351,20 +2405,20 @@ def main(args: Args) -> dict[str, Any]:
             if due(args.eval_every):
                 result = play()
             if due(args.checkpoint_every):
-                save_run(run_dir, agent, buffer, progress(), replay_file, pool)
+                save()
+        finished = True
     except KeyboardInterrupt:
-        interrupted = True
         tqdm.write("interrupted: saving")
     finally:
         bar.close()
         end = progress()
-        if args.save_model and np.isfinite(float(metrics.get("losses/total", 0))):  # never in place of healthy weights
-            save_run(run_dir, agent, buffer, end, replay_file, pool)
+        if args.save_model:
+            save()
         envs.close(**({"terminate": True} if isinstance(envs, gym.vector.AsyncVectorEnv) else {}))
-        if not interrupted and sys.exc_info()[0] is None:
-            result = play(each=True)
+        with contextlib.suppress(KeyboardInterrupt):  # what has been learned is told in any case
+            result = play(each=True) if finished else result
         summary = end | {
-            "interrupted": interrupted, "train_returns": episodes[-20:], **result, "args": vars(args),
+            "interrupted": not finished, "train_returns": episodes[-20:], **result, "args": vars(args),
             "device": torch.cuda.get_device_name() if agent.device.type == "cuda" else platform.processor() or "cpu",
             "versions": {"python": platform.python_version(), **{m.__name__: m.__version__ for m in (torch, np, gym)}}}
         if writer:

@@ -50,8 +50,8 @@ def equal(ours, theirs):
 def make_agent(observations=VECTOR, actions=CHOICE, seed=1, perturb=0.0, **values):
     """A tiny agent; `perturb` adds noise to all weights, since heads that start at zero hide gradients and mistakes."""
     torch.manual_seed(seed)
-    values = dict(size="tiny", cuda=False, precision="float32", warmup=0, learning_rate=1e-3, imagination_horizon=5,
-                  image_size=48, num_envs=2, batch_length=8) | values
+    values = dict(size="tiny", cuda=False, compile=False, precision="float32", warmup=0, learning_rate=1e-3,
+                  imagination_horizon=5, image_size=48, num_envs=2, batch_length=8) | values
     agent = D.Dreamer(observations, actions, D.Args(seed=seed, **values))
     with torch.no_grad():
         for p in agent.parameters():
@@ -168,7 +168,7 @@ def official_names(agent):
     layer("wm.rssm.posterior.0", "dyn/obs0")
     linear("wm.rssm.posterior.1", "dyn/obslogit")
     mlp("wm.decoder.mlp", "dec", 3)
-    linear("wm.decoder.outputs.vector", "dec/vec/vector/pred")
+    linear("wm.decoder.outputs.0", "dec/vec/vector/pred")
     blocks("wm.decoder.from_deter", "dec/sp0")
     layer("wm.decoder.from_stoch.0", "dec/sp1")
     linear("wm.decoder.from_stoch.1", "dec/sp2")
@@ -920,6 +920,19 @@ def test_every_kind_of_space_acts_is_stored_and_learns(observations, actions):
         assert not torch.equal(p, before[name]), name
 
 
+def test_keys_may_have_any_name():
+    names = ["type", "values", "items", "training", "pop", "half", "a.b"]
+    agent = make_agent(Dict({name: Box(-1, 1, (2,)) for name in names}))
+    recon = agent.wm.decoder(torch.zeros(3, 64), torch.zeros(3, 6, 5))
+    assert set(recon) == set(names) and all(x.shape == (3, 2) for x in recon.values())
+
+
+def test_what_looks_like_an_image_but_is_none_is_taken_for_a_vector_with_a_warning():
+    for space in (Box(0, 255, (4, 84, 84), np.uint8), Box(0, 1, (84, 84, 3))):
+        with pytest.warns(UserWarning, match="taken for a vector"):
+            assert D.ObservationCodec(space, 48).leaves["obs"].kind == "vector"
+
+
 def test_observations_are_encoded_without_loss():
     codec = D.ObservationCodec(Dict(
         a=Discrete(4, start=-1), b=MultiDiscrete([[2, 3], [4, 5]]), c=Box(-9, 9, (2, 2), np.float64), d=Box(-1, 1, ()),
@@ -1178,7 +1191,16 @@ def act_on(value, space=VECTOR):
     "a NaN observation": (lambda: act_on(np.nan), "nan"),
     "an infinite observation": (lambda: act_on(np.inf), "inf"),
     "batch_length beyond the buffer": (
-        lambda: make_agent(buffer_size=100, num_envs=4, batch_length=25), "batch_length 25.*104"),
+        lambda: make_agent(buffer_size=100, num_envs=4, batch_length=25, batch_size=2), "batch_length 25.*100 to 104"),
+    "a buffer in which no batch ever comes together": (
+        lambda: D.Args.preset("CartPole-v1", num_envs=1, buffer_size=250).check(), "batch_size 16.*250 to 257"),
+    "dreams from one step": (lambda: make_agent(imag_last=1), "imag_last 1 "),
+    "dreams from fewer than no steps": (lambda: make_agent(imag_last=-1), "imag_last -1 "),
+    "less than no threads": (lambda: make_agent(threads=-1), "threads -1 "),
+    "an environment that does not render": (
+        lambda: D.make_env("test/Lengths-v0", 0, False, "", pixels=True)(), "cannot be rendered"),
+    "an environment of words": (
+        lambda: make_agent(D.make_env("test/Words-v0", 0, False, "")().observation_space), "Text"),
     "a replay of too few rows": (lambda: D.ReplayBuffer(100, 4, 25, {}), "batch_length 25.*25 steps"),
     "a replay that no memory holds": (
         lambda: D.ReplayBuffer(10**13, 4, 8, {"obs": ((64, 64, 3), torch.uint8)}), "GiB.*--buffer-size to [0-9]+$"),
@@ -1228,6 +1250,11 @@ class NaNReward(Lengths):
     reward = float("nan")
 
 
+class Words(Echo):
+    observation_space = Dict(mission=gym.spaces.Text(5))
+
+
+gym.register("test/Words-v0", Words)
 gym.register("test/Lengths-v0", Lengths)
 gym.register("test/Echo-v0", Echo)
 gym.register("test/NaNReward-v0", NaNReward)
@@ -1338,10 +1365,9 @@ def test_a_replay_on_the_gpu_gives_the_windows_of_one_on_the_cpu():
 
 
 def run_args(**values):
-    values = dict(env_id="test/Lengths-v0", size="tiny", cuda=False, threads=1, num_envs=2, total_timesteps=120,
-                  batch_size=4, batch_length=8, train_ratio=4, warmup=0, imagination_horizon=3, eval_episodes=3,
-                  log_every=10,
-                  video_every=0, image_size=48, vectorization="sync") | values
+    values = dict(env_id="test/Lengths-v0", size="tiny", cuda=False, compile=False, threads=1, num_envs=2,
+                  total_timesteps=120, batch_size=4, batch_length=8, train_ratio=4, warmup=0, imagination_horizon=3,
+                  eval_episodes=3, log_every=10, video_every=0, image_size=48, vectorization="sync") | values
     return D.Args(**values)
 
 
@@ -1432,6 +1458,52 @@ def test_an_interrupted_run_saves_and_can_be_resumed(folder, monkeypatch):
     assert resumed["global_step"] == 120 and resumed["updates"] > 8 and not resumed["interrupted"]
 
 
+def test_weights_that_became_nan_never_replace_a_healthy_checkpoint(folder, monkeypatch):
+    update, calls = D.Dreamer.update, []
+
+    def poisoned(agent, batch):
+        calls.append(1)
+        if len(calls) == 20:
+            batch["reward"] *= float("nan")
+        return update(agent, batch)
+
+    monkeypatch.setattr(D.Dreamer, "update", poisoned)
+    with pytest.raises(D.InputError, match="loss became nan"):
+        D.main(run_args(train_ratio=16, checkpoint_every=2, log_every=60))
+    run, = (folder / "runs").iterdir()
+    saved = D.load_file(run)
+    assert 10 < saved["counters"]["updates"] < 20 < len(calls)
+    assert all(x.isfinite().all() for x in saved["agent"].values() if isinstance(x, torch.Tensor))
+
+
+def test_evaluations_and_pictures_leave_the_run_as_it_would_have_been(folder):
+    plain, watched = (D.main(run_args(exp_name=str(n), eval_every=n, video_every=n)) for n in (0, 20))
+    weights = [D.load_file(next((folder / "runs").glob(f"*__{n}__*")))["agent"] for n in (0, 20)]
+    assert plain["train_returns"] == watched["train_returns"] and plain["updates"] == watched["updates"] > 5
+    for (name, a), b in zip(weights[0].items(), weights[1].values()):
+        if isinstance(a, torch.Tensor):
+            equal(a, b)
+
+
+def test_a_final_evaluation_that_is_interrupted_still_leaves_a_summary(folder, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(D, "evaluate", interrupted)
+    assert D.main(run_args())["eval_returns"] == []
+    assert json.loads(next((folder / "runs").glob("*/summary.json")).read_text())["updates"] > 5
+
+
+def test_a_file_that_cannot_be_read_is_an_input_error(folder):
+    (folder / "damaged").mkdir()
+    (folder / "damaged" / "agent.pt").write_bytes(b"nothing")
+    with pytest.raises(D.InputError, match="damaged"):
+        D.parse_args(["--resume", "damaged"])
+    torch.save({"args": {"no_such_flag": 1}}, folder / "damaged" / "agent.pt")
+    with pytest.raises(D.InputError, match="another script.*no_such_flag"):
+        D.parse_args(["--evaluate", "damaged"])
+
+
 def test_a_reward_that_is_not_finite_ends_the_run_with_an_input_error(folder):
     with pytest.raises(D.InputError, match="reward nan"):
         D.main(run_args(env_id="test/NaNReward-v0"))
@@ -1518,7 +1590,7 @@ M.SIZES["tiny"], TEAM = M.Size(*TINY), 2  # TEAM: latents of z_team in the tiny 
 
 
 def team_values(**values):
-    return dict(size="tiny", team_latents=TEAM, cuda=False, precision="float32", warmup=0, learning_rate=1e-3,
+    return dict(size="tiny", team_latents=TEAM, cuda=False, compile=False, precision="float32", warmup=0, learning_rate=1e-3,
                 imagination_horizon=4, image_size=48, num_envs=2, batch_length=8, batch_size=4, threads=1,
                 train_ratio=4, vectorization="sync", video_every=0, eval_episodes=4, log_every=20) | values
 

@@ -1,4 +1,7 @@
-"""Writes the scalars of a run as CSV (tag, step, value): python benchmark/curves.py runs/RUN > benchmark/RUN.csv"""
+"""Writes the scalars of a run as CSV (tag, step, value), all of them or those of the tags named:
+
+    python benchmark/curves.py runs/RUN [TAG …] > benchmark/RUN.csv
+"""
 import csv
 import sys
 
@@ -8,5 +11,5 @@ events = EventAccumulator(sys.argv[1], size_guidance={"scalars": 0})
 events.Reload()
 writer = csv.writer(sys.stdout, lineterminator="\n")
 writer.writerow(["tag", "step", "value"])
-for tag in sorted(events.Tags()["scalars"]):
+for tag in sorted(sys.argv[2:] or events.Tags()["scalars"]):
     writer.writerows([tag, event.step, f"{event.value:.6g}"] for event in events.Scalars(tag))

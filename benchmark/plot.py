@@ -1,0 +1,55 @@
+"""Draws recorded curves (needs matplotlib): each argument is a label and its seeds' CSV files, or a label and a level.
+
+    python benchmark/plot.py --out benchmark/cartpole.png --tag eval/episodic_return "seed 1=benchmark/cartpole/seed1.csv"
+    python benchmark/plot.py --out benchmark/marl/arms.png --bins 40 "ToM=tom1.csv,tom2.csv" "plain=none1.csv" "Bayes=6.73"
+
+Line: the mean over seeds of the values of a tag, each first averaged over equal stretches of the run; shade: from the
+lowest seed to the highest.
+"""
+import argparse
+import csv
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("curves", nargs="+", metavar="LABEL=CSV,CSV… or LABEL=NUMBER")
+parser.add_argument("--out", required=True, help="the picture to write")
+parser.add_argument("--tag", default="charts/episodic_return", help="which scalar")
+parser.add_argument("--bins", type=int, default=0, help="stretches to average over; 0: every value as it is")
+parser.add_argument("--title", default="", help="what it shows")
+args = parser.parse_args()
+
+
+def read(path: str) -> tuple[np.ndarray, np.ndarray]:
+    with open(path) as file:
+        rows = [(int(r["step"]), float(r["value"])) for r in csv.DictReader(file) if r["tag"] == args.tag]
+    steps, values = map(np.array, zip(*rows))
+    if not args.bins:
+        return steps, values
+    place = np.minimum(steps * args.bins // (steps.max() + 1), args.bins - 1)
+    there = np.unique(place)
+    return (there + 0.5) * steps.max() / args.bins, np.array([values[place == i].mean() for i in there])
+
+
+figure, axes = plt.subplots(figsize=(7, 3.5))
+for curve in args.curves:
+    label, _, source = curve.rpartition("=")
+    if not source.endswith(".csv"):
+        axes.axhline(float(source), color="gray", linestyle="--", linewidth=1)
+        axes.annotate(label, (1, float(source)), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="gray")
+        continue
+    seeds = [read(path) for path in source.split(",")]
+    shared = min(len(steps) for steps, _ in seeds)
+    values = np.array([v[:shared] for _, v in seeds])
+    line, = axes.plot(seeds[0][0][:shared], values.mean(0), label=label)
+    if len(seeds) > 1:
+        axes.fill_between(seeds[0][0][:shared], values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
+axes.set(xlabel="environment steps", ylabel=args.tag, title=args.title)
+axes.legend(frameon=False)
+axes.spines[["top", "right"]].set_visible(False)
+figure.tight_layout()
+figure.savefig(args.out, dpi=110)
