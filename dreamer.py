@@ -83,7 +83,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         size="1m", num_envs=16, train_ratio=20, total_timesteps=24_000,  # steps cost nothing here, updates do
         batch_size=16, batch_length=16, learning_rate=1e-3, warmup=100, anneal_lr=True, tau=0.1, gamma=0.99,
         contdisc=False,  # 0 and 1 are learned in fewer updates than 0 and 0.99
-        rec_scale=100.0,  # errors of angles within ±0.2, squared, drown in the other losses, and the policy lives by them
+        rec_scale=100.0,  # squared errors of angles within ±0.2 drown in the other losses, and the policy lives by them
         ent_coef=0.01,  # with less, all environments drift to one side and the model never sees the other one's end
         video_every=10_000, eval_episodes=20),
     "other": dict(size="12m", num_envs=4, train_ratio=128, total_timesteps=500_000),  # ours
@@ -1257,7 +1257,7 @@ def load_file(run_dir: str | Path, name: str = "agent.pt") -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds
-        raise InputError(f"{path} is damaged or of another program ({type(error).__name__}): take a copy of it, or start "
+        raise InputError(f"{path} is damaged or of another program ({type(error).__name__}): take a copy, or start "
                          "anew") from None
 
 def restore(agent: Dreamer, run_dir: str | Path, rank: int = 0) -> dict[str, Any]:

@@ -2191,7 +2191,7 @@ def load_file(run_dir: str | Path, name: str = "agent.pt") -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds
-        raise InputError(f"{path} is damaged or of another program ({type(error).__name__}): take a copy of it, or start "
+        raise InputError(f"{path} is damaged or of another program ({type(error).__name__}): take a copy, or start "
                          "anew") from None
 
 def restore(agent: Dreamer, run_dir: str | Path, rank: int = 0) -> dict[str, Any]:
