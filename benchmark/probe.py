@@ -1,0 +1,80 @@
+"""What a trained agent's latents know of its partner in HiddenMatch: python benchmark/probe.py runs/RUN [runs/RUN …]
+
+Probe: a ridge regression reads the partner's favourite from z_env, z_team or h, fitted on half of the episodes and tested
+on the other half, steps 5 to 9. Open loop: three actions of the partner are seen; from the state then reached, the model
+dreams on with its ego's real actions and sampled teammates, and the probabilities of 16 dreams are averaged; the
+cross-entropy to what the partner really did k steps later, beside that of an ideal observer of the same three actions.
+"""
+import contextlib
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import dreamer_marl as M  # noqa: E402
+
+EPISODES, SEEN, DREAMS = 600, 3, 16
+
+
+@torch.no_grad()
+def play(agent: M.Dreamer) -> dict[str, torch.Tensor]:
+    """What happened in EPISODES episodes: name → (T, E, …)."""
+    table, steps, first = M.Table(agent, EPISODES), [], np.ones(EPISODES, bool)
+    with contextlib.closing(M.make_vector_env(agent.args, EPISODES, "")) as envs:
+        obs, _ = envs.reset(seed=agent.args.seed + 30_000)
+        for _ in range(10):
+            joint, rows = table.act(obs, first)
+            steps.append({"deter": rows["deter"], "stoch": rows["onehot"], "own": rows["action"],
+                          "mate": torch.as_tensor(rows["teammates"])[:, 0],
+                          "type": torch.as_tensor(table.mates(obs["script"])[:, 0]),
+                          "bayes": torch.as_tensor(table.mates(obs["bayes"])[:, 0])})
+            obs, *_ = envs.step(joint)
+            first = np.zeros(EPISODES, bool)
+    return {k: torch.stack([step[k] for step in steps]) for k in steps[0]}
+
+
+def probe(x: torch.Tensor, types: torch.Tensor, ridge: float = 10.0) -> float:
+    """Accuracy of a linear classifier of (T, E) types from (T, E, n) features, on the second half of the episodes."""
+    x = torch.cat([x, torch.ones_like(x[..., :1])], -1).double()
+    half, onehot = x.shape[1] // 2, torch.nn.functional.one_hot(types).double()
+    a, b = x[:, :half].flatten(0, 1), onehot[:, :half].flatten(0, 1)
+    weights = torch.linalg.solve(a.T @ a + ridge * torch.eye(a.shape[1]), a.T @ b)
+    return float(((x[:, half:] @ weights).argmax(-1) == types[:, half:]).double().mean())
+
+
+@torch.no_grad()
+def open_loop(agent: M.Dreamer, played: dict[str, torch.Tensor]) -> list[tuple[int, float, float]]:
+    """(k, cross-entropy, that of the ideal observer), nats a step."""
+    rng, out = torch.Generator().manual_seed(0), []
+    deter, stoch = (played[k][SEEN].repeat_interleave(DREAMS, 0) for k in ("deter", "stoch"))
+    for k in range(7):
+        dist = agent.wm.teammates(deter, stoch)  # (E · DREAMS, 1, A)
+        chances = M.expected(dist)[:, 0].unflatten(0, (EPISODES, DREAMS)).mean(1)
+        real = played["mate"][SEEN + k]
+        out.append((k, *(float(-(p * real).sum(-1).log().mean()) for p in (chances, played["bayes"][SEEN]))))
+        guess, own = dist.sample(torch.rand(len(deter), 1, 1, generator=rng)), played["own"][SEEN + k]
+        action = agent.wm.joint(own.repeat_interleave(DREAMS, 0), guess)
+        noise = torch.rand(len(deter), agent.size.latents, 1, generator=rng)
+        deter, stoch = agent.wm.rssm.img_step(deter, stoch, action, noise)
+    return out
+
+
+torch.set_num_threads(1)
+results = []
+for run in sys.argv[1:]:
+    args = dataclasses.replace(M.Args(**M.load_file(run)["args"]), resume="", evaluate="", cuda=False)
+    observations, actions, seats, _ = M.seat_spaces(args)
+    agent = M.Dreamer(observations, actions, args, seats)
+    M.restore(agent, run)
+    played, env = play(agent), agent.size.latents - args.team_latents
+    late = {k: x[5:] for k, x in played.items()}
+    parts = {"z_env": late["stoch"][..., :env, :].flatten(2), "z_team": late["stoch"][..., env:, :].flatten(2),
+             "h": late["deter"]}
+    results.append(dict(run=Path(run).name, arm=args.teammate_model, q=args.q, seed=args.seed,
+                        probe={k: probe(x, late["type"]) for k, x in parts.items()},
+                        open_loop=open_loop(agent, played)))
+    print(json.dumps(results[-1]), flush=True)
