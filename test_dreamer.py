@@ -440,8 +440,9 @@ def test_return_range_is_a_moving_average_of_numpy_percentiles():
     assert D.ReturnNormalizer()(torch.randn(9, 9)) == 1  # small returns are not blown up
 
 
-def test_actor_and_critic_losses_are_those_of_a_naive_loop_over_dreams():
-    agent = make_agent(perturb=0.3, ent_coef=0.5)
+@pytest.mark.parametrize("gamma", [None, 0.9])  # inside the continue prediction, or multiplied to it
+def test_actor_and_critic_losses_are_those_of_a_naive_loop_over_dreams(gamma):
+    agent = make_agent(**{"contdisc": False, "gamma": gamma} if gamma else {}, perturb=0.3, ent_coef=0.5)
     torch.manual_seed(3)
     n, h = 4, 5
     deter, stoch = torch.randn(n, 64).tanh(), F.one_hot(torch.randint(5, (n, 6)), 5).float()
@@ -465,8 +466,8 @@ def test_actor_and_critic_losses_are_those_of_a_naive_loop_over_dreams():
             cont = [agent.wm.cont(f).sigmoid()[0, 0] for f in feats]
             target = value[h]
             for t in reversed(range(h)):
-                target = reward[t + 1] + cont[t + 1] * (0.05 * value[t + 1] + 0.95 * target)
-                weight = np.prod([float(c) for c in cont[: t + 1]])
+                target = reward[t + 1] + (gamma or 1) * cont[t + 1] * (0.05 * value[t + 1] + 0.95 * target)
+                weight = np.prod([float(c) for c in cont[: t + 1]]) * (gamma or 1) ** t
                 critic, slow_mean = agent.critic(feats[t]), agent.slow_critic(feats[t]).pred()
                 expected = {"policy": -weight * (logps[t] * (target - value[t]) / (high - low) + 0.5 * entropies[t]),
                             "value": weight * (critic.loss(target[None]) + critic.loss(slow_mean))}
@@ -713,6 +714,22 @@ def test_dreams_from_the_last_steps_only_leave_the_world_models_loss_and_shorten
     assert short.update(batch).keys() == agent.update(batch).keys()
 
 
+@pytest.mark.parametrize("contdisc", [True, False])
+def test_the_continue_target_holds_the_discount_only_with_contdisc(contdisc):
+    agent = make_agent(contdisc=contdisc, gamma=0.9)
+    batch = batch_of(agent)
+    with torch.no_grad():
+        for p in agent.wm.cont.parameters():
+            p.zero_()
+        list(agent.wm.cont.parameters())[-1].fill_(2.0)  # the bias of the logit
+    terminal = batch["is_terminal"][:, 1:].float()
+    assert 0 < terminal.mean() < 1
+    yes, no = -F.logsigmoid(torch.tensor(2.0)), -F.logsigmoid(torch.tensor(-2.0))
+    target = (1 - terminal) * (0.9 if contdisc else 1.0)
+    _, metrics, _ = agent.loss(agent.prepare(batch), noise_of(agent, batch))
+    close(metrics["losses/con"], (target * yes + (1 - target) * no).mean())
+
+
 def test_image_vector_and_discrete_reconstruction_losses_are_sums_over_their_elements():
     space = Dict(camera=Box(0, 255, (48, 48, 3), np.uint8), speed=Box(-9, 9, (3,)), mode=MultiDiscrete([3, 4]))
     agent = make_agent(space)
@@ -798,6 +815,14 @@ def test_write_back_changes_exactly_the_trained_rows_of_the_sampled_windows():
         t = int(replay.data["t"][e, row])
         sign = -1 if (e, t) in written else 1
         equal(replay.data["stoch"][e, row], torch.tensor([sign * (1000 * e + t)] * 2))
+
+
+def test_a_saved_replay_takes_the_space_of_what_it_holds_and_a_full_one_is_not_copied(tmp_path):
+    replay = integers(capacity=300_000, steps=20)
+    torch.save(replay.state_dict(), tmp_path / "replay.pt")
+    assert (tmp_path / "replay.pt").stat().st_size < 50_000
+    full = integers(steps=33)
+    assert all(x.data_ptr() == full.data[k].data_ptr() for k, x in full.state_dict()["data"].items())
 
 
 def test_a_restored_replay_draws_what_the_saved_one_would_have_drawn_and_ends_the_broken_episodes(tmp_path):

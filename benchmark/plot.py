@@ -1,7 +1,7 @@
 """Draws recorded curves (needs matplotlib): each argument is a label and its seeds' CSV files, or a label and a level.
 
-    python benchmark/plot.py --out benchmark/cartpole.png --tag eval/episodic_return "seed 1=benchmark/cartpole/seed1.csv"
-    python benchmark/plot.py --out benchmark/marl/arms.png --bins 40 "ToM=tom1.csv,tom2.csv" "plain=none1.csv" "Bayes=6.73"
+    python benchmark/plot.py --out benchmark/cartpole.png --bins 30 --steps 24000 "return=benchmark/cartpole/seed1.csv"
+    python benchmark/plot.py --out arms.png --bins 40 --steps 20000 "ToM=tom1.csv,tom2.csv" "plain=none1.csv" "Bayes=6.73"
 
 Line: the mean over seeds of the values of a tag, each first averaged over equal stretches of the run; shade: from the
 lowest seed to the highest.
@@ -20,6 +20,7 @@ parser.add_argument("curves", nargs="+", metavar="LABEL=CSV,CSV… or LABEL=NUMB
 parser.add_argument("--out", required=True, help="the picture to write")
 parser.add_argument("--tag", default="charts/episodic_return", help="which scalar")
 parser.add_argument("--bins", type=int, default=0, help="stretches to average over; 0: every value as it is")
+parser.add_argument("--steps", type=int, default=0, help="length of the runs, where stretches must be the same")
 parser.add_argument("--title", default="", help="what it shows")
 args = parser.parse_args()
 
@@ -30,9 +31,10 @@ def read(path: str) -> tuple[np.ndarray, np.ndarray]:
     steps, values = map(np.array, zip(*rows))
     if not args.bins:
         return steps, values
-    place = np.minimum(steps * args.bins // (steps.max() + 1), args.bins - 1)
-    there = np.unique(place)
-    return (there + 0.5) * steps.max() / args.bins, np.array([values[place == i].mean() for i in there])
+    edges = np.linspace(0, args.steps or steps.max(), args.bins + 1)
+    place = np.clip(np.searchsorted(edges, steps), 1, args.bins) - 1
+    means = [values[place == i].mean() if (place == i).any() else np.nan for i in range(args.bins)]
+    return (edges[1:] + edges[:-1]) / 2, np.array(means)
 
 
 figure, axes = plt.subplots(figsize=(7, 3.5))
@@ -40,14 +42,15 @@ for curve in args.curves:
     label, _, source = curve.rpartition("=")
     if not source.endswith(".csv"):
         axes.axhline(float(source), color="gray", linestyle="--", linewidth=1)
-        axes.annotate(label, (1, float(source)), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="gray")
+        axes.annotate(label, (1, float(source)), xycoords=("axes fraction", "data"), ha="right", color="gray")
         continue
     seeds = [read(path) for path in source.split(",")]
     shared = min(len(steps) for steps, _ in seeds)
     values = np.array([v[:shared] for _, v in seeds])
-    line, = axes.plot(seeds[0][0][:shared], values.mean(0), label=label)
+    x = seeds[0][0][:shared]
+    line, = axes.plot(x, np.nanmean(values, 0), label=label)
     if len(seeds) > 1:
-        axes.fill_between(seeds[0][0][:shared], values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
+        axes.fill_between(x, np.nanmin(values, 0), np.nanmax(values, 0), color=line.get_color(), alpha=0.2, linewidth=0)
 axes.set(xlabel="environment steps", ylabel=args.tag, title=args.title)
 axes.legend(frameon=False)
 axes.spines[["top", "right"]].set_visible(False)
