@@ -37,7 +37,8 @@ class Options:
     sizes: tuple[str, ...] = ()  # sizes to time; none: 1m and 12m, and on CUDA 25m, 50m and 200m as well
     observations: tuple[str, ...] = ("vector", "image")  # kinds of observation
     modes: tuple[str, ...] = ()  # of eager, compiled, captured; none: those that the device has
-    repeats: int = 7  # timed updates of every mode
+    repeats: int = 7  # timed updates of every mode, or 3 and as many as fit into so many
+    seconds: float = 30.0
     threads: int = 2  # CPU threads
     batch_size: int = 16  # sequences in a batch
     batch_length: int = 64  # steps in a sequence
@@ -81,17 +82,21 @@ def memory(device: torch.device) -> float:
     return torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else kib / 1024
 
 
-def count_operations(update) -> tuple[int, int]:
-    """FLOPs of an update, and its kernels on CUDA or its innermost operators on the CPU."""
+def count_flops(update) -> int:
     with FlopCounterMode(display=False) as counter:
         update()
+    return counter.get_total_flops()
+
+
+def count_kernels(update) -> int:
+    """Kernels of an update on CUDA; on the CPU its innermost operators, or the loops that they were fused to."""
     cuda = torch.cuda.is_available()
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as trace:
         update()
         synchronize()
     events = trace.events()
-    innermost = [e for e in events if e.name.startswith("aten::") and not e.cpu_children]
-    return counter.get_total_flops(), len(events) if cuda else len(innermost)
+    innermost = [e for e in events if ("aten::" in e.name or "fused" in e.name) and not e.cpu_children]
+    return len(events) if cuda else len(innermost)
 
 
 def time_updates(options: Options, size: str, kind: str, modes: tuple[str, ...], peak: dict) -> list[dict]:
@@ -104,14 +109,18 @@ def time_updates(options: Options, size: str, kind: str, modes: tuple[str, ...],
         batch = random_batch(agents[mode])
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        first[mode] = sum(timed(lambda: agents[mode].update(dict(batch))) for _ in range(3))  # the third one captures
+        warm = 3 if mode == "captured" else 1  # the third one captures
+        first[mode] = sum(timed(lambda: agents[mode].update(dict(batch))) for _ in range(warm))
     times = {mode: [] for mode in modes}
-    for _ in range(options.repeats):
+    for i in range(options.repeats):
+        if i >= 3 and sum(map(sum, times.values())) > options.seconds:
+            break
         for mode, agent in agents.items():
             times[mode].append(timed(lambda: agent.update(dict(batch))))
+    kernels = {mode: count_kernels(lambda: agent.update(dict(batch))) for mode, agent in agents.items()}
     eager = D.Dreamer(OBSERVATIONS[kind], gym.spaces.Box(-1, 1, (6,)), dataclasses.replace(
         agents[modes[0]].args, compile=False, cuda_graph=False))
-    flops, kernels = count_operations(lambda: eager.update(dict(batch)))
+    flops = count_flops(lambda: eager.update(dict(batch)))
     for mode, agent in agents.items():
         low, median, high = np.percentile(times[mode], (25, 50, 75))
         obs = {n: np.zeros((n, *OBSERVATIONS[kind].shape), OBSERVATIONS[kind].dtype) for n in (1, 16)}
@@ -123,13 +132,11 @@ def time_updates(options: Options, size: str, kind: str, modes: tuple[str, ...],
                 _, state = agent.act(x, state, np.zeros(n, bool))
                 spans.append(time.perf_counter() - start)
             acting[n] = 1e3 * float(np.median(spans[5:]))
-        if mode == "compiled" or (mode == "captured" and torch.cuda.is_available()):
-            _, kernels = count_operations(lambda: agent.update(dict(batch)))
         rows.append(dict(
             size=size, observation=kind, mode=mode, dtype=str(agent.compute_dtype).removeprefix("torch."),
             update_ms=1e3 * median, spread_ms=1e3 * (high - low) / 2, first_updates_s=first[mode], gflop=flops / 1e9,
             ideal_ms=1e3 * flops / peak[agent.compute_dtype], times_ideal=median * peak[agent.compute_dtype] / flops,
-            kernels=kernels, act_1_ms=acting[1], act_16_ms=acting[16], peak_memory_mib=memory(agent.device)))
+            kernels=kernels[mode], act_1_ms=acting[1], act_16_ms=acting[16], peak_memory_mib=memory(agent.device)))
         print("| " + " | ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in rows[-1].values()) + " |",
               flush=True)
     return rows
@@ -139,7 +146,7 @@ def end_to_end(options: Options) -> list[dict]:
     """Steps and updates a second of whole runs in a scratch folder."""
     runs, here = [], os.getcwd()
     for env_id, values in (("CartPole-v1", dict(total_timesteps=2_000)),
-                           ("CarRacing-v3", dict(size="1m", total_timesteps=2_000, train_ratio=32, num_envs=4))):
+                           ("CarRacing-v3", dict(size="1m", total_timesteps=1_500, train_ratio=32, num_envs=4))):
         args = D.Args.preset(env_id, **values, threads=options.threads, cuda=options.cuda, video_every=0,
                              eval_episodes=1, save_model=False)
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -174,11 +181,17 @@ def main(options: Options) -> None:
     print(about)
     print("| size | observation | mode | dtype | update ms | ± | first updates s | GFLOP | ideal ms | × ideal "
           "| kernels | act 1 ms | act 16 ms | peak MiB |\n|" + "-|" * 14)
-    rows = [row for size in sizes for kind in options.observations
-            for row in time_updates(options, size, kind, modes, peak)]
-    runs = end_to_end(options) if options.end_to_end else []
-    path = Path(options.out or Path(__file__).parent / f"speed_{device.type}.json")
-    path.write_text(json.dumps({**about, "updates": rows, "runs": runs}, indent=1) + "\n")
+    path, rows = Path(options.out or Path(__file__).parent / f"speed_{device.type}.json"), []
+
+    def write(runs: list) -> None:
+        path.write_text(json.dumps({**about, "updates": rows, "runs": runs}, indent=1) + "\n")
+
+    for size in sizes:
+        for kind in options.observations:
+            if cuda or options.sizes or (size, kind) != ("12m", "image"):  # half a minute an update on a CPU
+                rows += time_updates(options, size, kind, modes, peak)
+                write([])
+    write(end_to_end(options) if options.end_to_end else [])
     print(f"written to {path}")
 
 
