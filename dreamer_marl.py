@@ -97,14 +97,16 @@ MINUTES = dict(  # games of ten steps: minutes on two CPU cores
     batch_size=16, batch_length=10, train_ratio=12, imagination_horizon=5,
     learning_rate=1e-3, warmup=100, anneal_lr=True, gamma=0.9, ent_coef=0.01, log_every=1_000,
     video_every=10_000, eval_episodes=200)
+THOUSANDS = dict(  # of updates, not millions: what these values are for is told at classic_control in dreamer.py
+    size="1m", num_envs=8, batch_size=16, learning_rate=1e-3, warmup=100, anneal_lr=True, tau=0.1, contdisc=False,
+    ent_coef=0.01)
 PRESETS: dict[str, dict[str, Any]] = {
     "hidden_match": MINUTES,
     "prisoners_dilemma": MINUTES | dict(imagination_horizon=10, gamma=0.98),
-    "mpe": dict(size="1m", num_envs=8, train_ratio=64, total_timesteps=100_000, batch_size=16, batch_length=25,
-                imagination_horizon=10, learning_rate=3e-4, warmup=200, gamma=0.95, ent_coef=3e-3, eval_episodes=50),
-    "overcooked": dict(size="1m", num_envs=8, train_ratio=64, total_timesteps=500_000, batch_size=16, batch_length=32,
-                       learning_rate=3e-4, warmup=200, gamma=0.99, ent_coef=3e-3, shaping_steps=250_000,
-                       eval_episodes=8),
+    "mpe": THOUSANDS | dict(train_ratio=20, total_timesteps=100_000, batch_length=25, imagination_horizon=10,
+                            gamma=0.95, rec_scale=100.0, eval_episodes=50),
+    "overcooked": THOUSANDS | dict(train_ratio=32, total_timesteps=500_000, batch_length=32, gamma=0.99,
+                                   rec_scale=10.0, shaping_steps=250_000, eval_episodes=8),
     "hockey": dict(size="1m", num_envs=8, train_ratio=64, total_timesteps=1_000_000, partners="pool", batch_size=16,
                    batch_length=32, learning_rate=3e-4, warmup=200, gamma=0.99, ent_coef=3e-3, pool_weighting="hard",
                    pool_every=20_000, shaping_steps=500_000, eval_episodes=20),
