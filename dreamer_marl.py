@@ -248,6 +248,8 @@ class Args:
             raise InputError(f"imag_last {self.imag_last} must be 0 or at least 2: the replay loss needs a next step")
         if self.threads < 0:
             raise InputError(f"threads {self.threads} must be 0, for half of the cores, or more")
+        if self.buffer_device == "cuda" and not (self.cuda and torch.cuda.is_available()):
+            raise InputError("buffer_device 'cuda' needs a GPU that the run may use: take auto or cpu")
         # a window of every environment, and as much as a batch before the first update; rows are divided evenly
         needed = max((self.batch_length + 1) * self.num_envs, self.batch_size * self.batch_length + self.num_envs)
         if self.buffer_size < (needed := needed * int(os.environ.get("WORLD_SIZE", 1))):

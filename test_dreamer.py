@@ -1222,6 +1222,7 @@ def act_on(value, space=VECTOR):
     "dreams from one step": (lambda: make_agent(imag_last=1), "imag_last 1 "),
     "dreams from fewer than no steps": (lambda: make_agent(imag_last=-1), "imag_last -1 "),
     "less than no threads": (lambda: make_agent(threads=-1), "threads -1 "),
+    "a replay on a GPU that is not used": (lambda: make_agent(buffer_device="cuda"), "buffer_device 'cuda'"),
     "an environment that does not render": (
         lambda: D.make_env("test/Lengths-v0", 0, False, "", pixels=True)(), "cannot be rendered"),
     "an environment of words": (
