@@ -42,7 +42,7 @@ for curve in args.curves:
     label, _, source = curve.rpartition("=")
     if not source.endswith(".csv"):
         axes.axhline(float(source), color="gray", linestyle="--", linewidth=1)
-        axes.annotate(label, (1, float(source)), xycoords=("axes fraction", "data"), ha="right", color="gray")
+        axes.annotate(label, (1, float(source)), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="gray")
         continue
     seeds = [read(path) for path in source.split(",")]
     shared = min(len(steps) for steps, _ in seeds)
