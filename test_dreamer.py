@@ -2829,13 +2829,14 @@ def test_hockey_pays_the_winner_ends_draws_by_time_and_shows_each_player_its_own
 @slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_hidden_match_is_played_as_well_as_can_be_and_not_without_a_model_of_the_teammate(folder, seed):
-    tom = M.main(M.Args.preset("hidden_match", seed=seed, cuda=False))
+    tom = M.main(M.Args.preset("hidden_match", seed=seed, cuda=False, compile=False))
     assert tom["eval_return_mean"] >= 6.3 and tom["eval_tom"]["skill"] >= 0.9
-    plain = M.main(M.Args.preset("hidden_match", seed=seed, cuda=False, teammate_model="none"))
+    plain = M.main(M.Args.preset("hidden_match", seed=seed, cuda=False, compile=False, teammate_model="none"))
     assert plain["eval_return_mean"] <= 2.8
 
 
 @slow
 def test_where_the_partner_is_seen_plain_dreamer_does_as_well(folder):
-    runs = [M.main(M.Args.preset("hidden_match", q=1.0, cuda=False, teammate_model=arm)) for arm in ("tom", "none")]
+    values = dict(q=1.0, cuda=False, compile=False)
+    runs = [M.main(M.Args.preset("hidden_match", teammate_model=arm, **values)) for arm in ("tom", "none")]
     assert abs(runs[0]["eval_return_mean"] - runs[1]["eval_return_mean"]) <= 0.5
