@@ -188,7 +188,7 @@ def main(options: Options) -> None:
 
     for size in sizes:
         for kind in options.observations:
-            if cuda or options.sizes or (size, kind) != ("12m", "image"):  # half a minute an update on a CPU
+            if cuda or options.sizes or (size, kind) != ("12m", "image"):  # over ten seconds an update
                 rows += time_updates(options, size, kind, modes, peak)
                 write([])
     write(end_to_end(options) if options.end_to_end else [])
