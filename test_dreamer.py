@@ -1316,20 +1316,27 @@ def test_two_processes_learn_what_one_learns_from_both_their_batches_and_stay_id
     assert max((whole[k] - p).abs().max() for k, p in alone.named_parameters()) > 5e-3  # and it had learned
 
 
-def test_torchrun_spreads_a_run_over_processes_and_only_as_many_resume_it(folder):
-    flags = ["--env-id", "CartPole-v1", "--size", "1m", "--num-envs", "2", "--batch-size", "2", "--batch-length", "8",
-             "--train-ratio", "4", "--eval-episodes", "2", "--threads", "1", "--no-cuda", "--video-every", "0"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", D.__file__, *flags]
-    for more in (["--total-timesteps", "120"], ["--total-timesteps", "160"]):
-        done = subprocess.run([*torchrun, *more], capture_output=True, text=True, timeout=170)
+def train_and_resume_in_two_processes(script, folder, *flags):
+    """Yields the folder and the steps of a run under torchrun, first of 120 steps, then resumed up to 160."""
+    flags = ["--size", "1m", "--num-envs", "2", "--batch-size", "2", "--batch-length", "8", "--eval-episodes", "2",
+             "--threads", "1", "--no-cuda", "--video-every", "0", *flags]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script, *flags]
+    for steps in (120, 160):
+        done = subprocess.run([*torchrun, "--total-timesteps", str(steps)], capture_output=True, text=True, timeout=170)
         assert done.returncode == 0, done.stderr
         run, = (folder / "runs").iterdir()
         summary = json.loads((run / "summary.json").read_text())
-        assert summary["global_step"] == int(more[1]) and summary["ranks"] == 2 and len(summary["eval_returns"]) == 2
-        replays = [D.load_file(run, name) for name in ("replay.pt", "replay1.pt")]
-        assert [r["count"] for r in replays] == [int(more[1]) // 4] * 2
-        assert not torch.equal(*(r["data"]["obs/obs"] for r in replays))
+        assert summary["global_step"] == steps and summary["ranks"] == 2 and len(summary["eval_returns"]) == 2
+        yield run, steps
         torchrun += ["--resume", str(run)]
+
+
+def test_torchrun_spreads_a_run_over_processes_and_only_as_many_resume_it(folder):
+    flags = ["--env-id", "CartPole-v1", "--train-ratio", "4"]
+    for run, steps in train_and_resume_in_two_processes(D.__file__, folder, *flags):
+        replays = [D.load_file(run, name) for name in ("replay.pt", "replay1.pt")]
+        assert [r["count"] for r in replays] == [steps // 4] * 2
+        assert not torch.equal(*(r["data"]["obs/obs"] for r in replays))
     with pytest.raises(D.InputError, match="2 processes"):
         D.main(D.parse_args(["--resume", str(run), "--total-timesteps", "200"]))
 
@@ -2586,16 +2593,8 @@ def test_an_interrupted_run_keeps_its_pool_and_goes_on(folder, monkeypatch):
 
 @slow
 def test_torchrun_spreads_a_run_with_a_pool_over_processes(folder):
-    flags = ["--size", "1m", "--num-envs", "2", "--batch-size", "2", "--batch-length", "8", "--partners", "pool",
-             "--pool-every", "40", "--eval-episodes", "2", "--threads", "1", "--no-cuda", "--video-every", "0"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", M.__file__, *flags]
-    for more in (["--total-timesteps", "120"], ["--total-timesteps", "160"]):
-        done = subprocess.run([*torchrun, *more], capture_output=True, text=True, timeout=170)
-        assert done.returncode == 0, done.stderr
-        run, = (folder / "runs").iterdir()
-        summary = json.loads((run / "summary.json").read_text())
-        assert summary["global_step"] == int(more[1]) and summary["ranks"] == 2 and len(summary["eval_returns"]) == 2
-        torchrun += ["--resume", str(run)]
+    flags = ["--partners", "pool", "--pool-every", "40"]
+    assert len(list(train_and_resume_in_two_processes(M.__file__, folder, *flags))) == 2
 
 
 @slow

@@ -6,7 +6,6 @@ One of them takes one seat, the other all the rest; then the mean return of that
 The environments are seeded alike, so that all four pairs meet the same games in the same seats.
 """
 import contextlib
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ import dreamer_marl as M  # noqa: E402
 
 run, episodes = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 400
 torch.set_num_threads(1)
-args = dataclasses.replace(M.Args(**M.load_file(run)["args"]), vectorization="sync", resume="", evaluate="")
+args = M.parse_args(["--evaluate", run, "--vectorization", "sync"])
 observations, actions, seats, _ = M.seat_spaces(args)
 agent = M.Dreamer(observations, actions, args, seats)
 M.restore(agent, run)

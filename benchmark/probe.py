@@ -6,7 +6,6 @@ dreams on with its ego's real actions and sampled teammates, and the probabiliti
 cross-entropy to what the partner really did k steps later, beside that of an ideal observer of the same three actions.
 """
 import contextlib
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -66,7 +65,7 @@ def open_loop(agent: M.Dreamer, played: dict[str, torch.Tensor]) -> list[tuple[i
 torch.set_num_threads(1)
 results = []
 for run in sys.argv[1:]:
-    args = dataclasses.replace(M.Args(**M.load_file(run)["args"]), resume="", evaluate="", cuda=False)
+    args = M.parse_args(["--evaluate", run, "--no-cuda", "--no-compile"])
     observations, actions, seats, _ = M.seat_spaces(args)
     agent = M.Dreamer(observations, actions, args, seats)
     M.restore(agent, run)
