@@ -2049,6 +2049,13 @@ def test_the_joint_arm_imagines_teammates_by_their_marginal_whatever_the_state()
         "teammates": batch["teammates"].roll(1, -1)})[0]["losses/rew"]  # its dynamics take joint actions
 
 
+def test_measures_of_a_batch_are_of_the_same_actions_as_the_loss():
+    agent = make_team(perturb=0.3)
+    batch = team_batch(agent)
+    acts, metrics = agent.prepare(batch)["acts"], agent.update(dict(batch))
+    close(metrics["tom/cross_entropy"] * acts.sum() / acts[..., 0].numel(), metrics["losses/tom"], rtol=1e-4)
+
+
 def test_measures_of_the_head_are_those_of_a_naive_loop():
     torch.manual_seed(0)
     heads, shape = {"a": ("discrete", (3,)), "b": ("discrete", (2,))}, (5, 6, 2)
