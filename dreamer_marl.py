@@ -952,7 +952,7 @@ class SymexpTwoHot:
 
     def loss(self, target: torch.Tensor) -> torch.Tensor:
         """Cross-entropy (…) to `target` (…), split between its neighbouring bins linearly in raw (not symlog) space."""
-        target = target.float().clamp(self.bins[0], self.bins[-1])
+        target = target.float().clamp(self.bins[0], self.bins[-1]).contiguous()
         below = (torch.searchsorted(self.bins, target, right=True) - 1).clamp(0, self.bins.shape[0] - 2)
         weight = (target - self.bins[below]) / (self.bins[below + 1] - self.bins[below])
         low, high = self.logp.gather(-1, torch.stack([below, below + 1], -1)).unbind(-1)
@@ -1043,7 +1043,7 @@ class Linear(nn.Linear):
 
 class BlockLinear(nn.Module):
     """`blocks` independent linear layers: block g maps its slice of x (…, inputs) and all of `shared` (…, shared).
-    Passing `shared` equals repeating it to every block and concatenating, without the copies."""
+    Passing `shared` equals repeating it to every block and concatenating, in dreams without the copies."""
     def __init__(self, inputs: int, outputs: int, blocks: int, shared: int = 0):
         super().__init__()
         self.blocks, self.own = blocks, inputs // blocks
@@ -1053,11 +1053,19 @@ class BlockLinear(nn.Module):
 
     def forward(self, x: torch.Tensor, shared: torch.Tensor | None = None) -> torch.Tensor:
         """(N, inputs), (N, shared) → (N, outputs)."""
+        return self.blockwise(x, shared).flatten(1)
+
+    def blockwise(self, x: torch.Tensor, shared: torch.Tensor | None = None) -> torch.Tensor:
+        """The same as (N, G, outputs / G), a view of memory that holds block after block: flattening it is a copy."""
         x = x.unflatten(-1, (self.blocks, self.own)).transpose(0, 1)  # (G, N, inputs / G)
-        y = torch.baddbmm(self.bias.view(self.blocks, 1, -1), x, self.weight[:, : self.own])
-        if shared is not None:
-            y = torch.baddbmm(y, shared.expand(self.blocks, -1, -1), self.weight[:, self.own :])
-        return y.transpose(0, 1).flatten(1)
+        if shared is None:
+            y = torch.bmm(x, self.weight)
+        elif torch.is_grad_enabled():  # slices of the weight would each cost a gradient of its size, step by step
+            y = torch.bmm(torch.cat([x, shared.expand(self.blocks, -1, -1)], -1), self.weight)
+        else:
+            y = torch.bmm(x, self.weight[:, : self.own])
+            y.baddbmm_(shared.expand(self.blocks, -1, -1), self.weight[:, self.own :])
+        return y.add_(self.bias.view(self.blocks, 1, -1)).transpose(0, 1)
 
 class Layer(nn.Sequential):
     """Linear → RMSNorm → SiLU, the unit that most of the networks consist of."""
@@ -1194,8 +1202,8 @@ class RSSM(nn.Module):
         """(B, D), (B, S, C), embedded action (B, hidden) → next deter (B, D)."""
         x = torch.cat([self.deter_in(deter), self.stoch_in(stoch.flatten(1)), action], -1)
         x = F.silu(self.hidden_norm(self.hidden(deter, x)))
-        gates, blocks = (y.unflatten(-1, (self.size.blocks, -1)) for y in (self.gates(x), deter))
-        reset, cand, update = gates.chunk(3, -1)  # (B, G, D / G): every block has its own three gates
+        blocks = deter.unflatten(-1, (self.size.blocks, -1))
+        reset, cand, update = self.gates.blockwise(x).chunk(3, -1)  # (B, G, D / G): every block has its own three gates
         cand = torch.tanh(torch.sigmoid(reset) * cand)
         # hₜ = uₜ · cₜ + (1 − uₜ) · hₜ₋₁; the −1 makes forgetting slow at the start
         return torch.lerp(blocks, cand, torch.sigmoid(update - 1)).flatten(1)
@@ -1225,15 +1233,16 @@ class RSSM(nn.Module):
         return tuple(torch.stack(x, 1) for x in zip(*states))
 
     def imagine(self, deter, stoch, policy, horizon, noise=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Dreams from states (N, …): `policy(deter, stoch, t)` gives the action (N, A) at step t; noise (N, H, S, 1).
-        Returns deter (N, H + 1, D) and stoch (N, H + 1, S, C) with the start in front, and actions (N, H, A)."""
+        """Dreams from states (N, …): `policy(deter, stoch, t)` gives the action (N, A) at step t; noise (H, N, S, 1).
+        Returns deter (H + 1, N, D) and stoch (H + 1, N, S, C) with the start in front, and actions (H, N, A): dreams
+        are time first, so that all but the last of their steps are a view and not a copy."""
         deters, stochs, actions = [deter], [stoch], []
         for t in range(horizon):
             actions.append(policy(deters[-1], stochs[-1], t))
-            deter, stoch = self.img_step(deters[-1], stochs[-1], actions[-1], None if noise is None else noise[:, t])
+            deter, stoch = self.img_step(deters[-1], stochs[-1], actions[-1], None if noise is None else noise[t])
             deters.append(deter)
             stochs.append(stoch)
-        return torch.stack(deters, 1), torch.stack(stochs, 1), torch.stack(actions, 1)
+        return torch.stack(deters), torch.stack(stochs), torch.stack(actions)
 
     def kl_loss(self, post: torch.Tensor, prior: torch.Tensor, free: float = 1.0) -> list[torch.Tensor]:
         """Logits (…, S, C) of both → dyn (…), which moves only the prior, and rep (…), only the posterior."""
@@ -1301,6 +1310,12 @@ class WorldModel(nn.Module):
         """Losses (B, T) of a batch as Dreamer.prepare lays it out; also the states, and scalar metrics."""
         tokens, rssm = self.encode(batch["obs"]), self.rssm
         deter, stoch, post = rssm.observe(*batch["carry"], tokens, batch["prev_action"], batch["is_first"], noise)
+        losses, metrics = self.head_losses(batch, deter, stoch, post, gamma, free_nats)
+        return losses, (deter, stoch, post), metrics
+
+    def head_losses(self, batch: dict[str, Any], deter, stoch, post, gamma: float, free_nats: float):
+        """The part of `loss` after the recurrence, whole tensors (B, T, …) at once: losses (B, T) and metrics."""
+        rssm = self.rssm
         prior = rssm.logits(rssm.prior, deter)
         recon = self.decoder(deter.flatten(0, 1), self.env_part(stoch).flatten(0, 1))  # MARL
         parts = self.decoder.loss(recon, {k: x.flatten(0, 1) for k, x in batch["obs"].items()})
@@ -1316,7 +1331,7 @@ class WorldModel(nn.Module):
         metrics = {f"rec_{k}": x.mean() for k, x in parts.items()} if len(parts) > 1 else {}
         for name, logits in (("prior_entropy", prior), ("posterior_entropy", post)):
             metrics[name] = rssm.dist(logits).entropy().sum(-1).mean()
-        return losses, (deter, stoch, post), metrics
+        return losses, metrics
 
     # MARL: what each network may see of z
     def env_part(self, stoch: torch.Tensor) -> torch.Tensor:
@@ -1367,9 +1382,9 @@ class WorldModel(nn.Module):
         seen = [x[:, :context] for x in (batch["prev_action"], batch["is_first"], noise)]
         tokens = self.encode({k: x[:, :context] for k, x in batch["obs"].items()})
         deter, stoch, _ = self.rssm.observe(*batch["carry"], tokens, *seen)
-        actions, rest = batch["prev_action"][:, context:], noise[:, context:]
+        actions, rest = batch["prev_action"][:, context:], noise[:, context:].transpose(0, 1)
         later = self.rssm.imagine(deter[:, -1], stoch[:, -1], lambda h, z, t: actions[:, t], actions.shape[1], rest)
-        deter, stoch = (torch.cat([a, b[:, 1:]], 1) for a, b in zip((deter, stoch), later))
+        deter, stoch = (torch.cat([a, b[1:].transpose(0, 1)], 1) for a, b in zip((deter, stoch), later))
         recon = self.decoder(deter.flatten(0, 1), self.env_part(stoch).flatten(0, 1))  # MARL
         return {k: x.unflatten(0, deter.shape[:2]) for k, x in recon.items()}
 
@@ -1426,6 +1441,7 @@ class ReturnNormalizer(nn.Module):
         self.register_buffer("range", torch.zeros(2))
         self.register_buffer("percentiles", torch.tensor([0.05, 0.95]), persistent=False)
 
+    @torch.compiler.disable  # processes exchange messages here
     @torch.no_grad()
     def forward(self, returns: torch.Tensor) -> torch.Tensor:
         """Moves the range towards that of `returns`, of any shape and over all processes, and gives the scale ()."""
@@ -1547,11 +1563,18 @@ class Dreamer(nn.Module):
         # acting has noise of its own: playing an evaluation does not change what is learned
         seed = args.seed + (2 * dist.get_rank() if dist.is_initialized() else 0)
         self.act_rng, self.learn_rng = (torch.Generator(self.device).manual_seed(seed + i) for i in (0, 1))
-        cuda, rssm = self.device.type == "cuda", self.wm.rssm
+        cuda = self.device.type == "cuda"
         if args.compile:
-            rssm.obs_step, rssm.img_step = torch.compile(rssm.obs_step), torch.compile(rssm.img_step)
+            for owner, name in self.compiled():
+                setattr(owner, name, torch.compile(getattr(owner, name)))
         self.fast_learn, self.fast_respond = (
             Captured(function, cuda and args.cuda_graph) for function in (self.learn, self.respond))
+
+    def compiled(self) -> list[tuple[nn.Module, str]]:
+        """What torch.compile makes a few kernels of: single steps of the loops over time, and all that has none."""
+        wm = self.wm
+        return [(wm, "encode"), (wm.rssm, "obs_step"), (wm, "head_losses"),
+                (self, "policy"), (wm.rssm, "img_step"), (self, "dream_losses")]
 
     def replay_specs(self) -> dict[str, tuple]:
         """Rows for a ReplayBuffer: name → (shape, dtype) of what act and the environment yield at one step."""
@@ -1629,7 +1652,7 @@ class Dreamer(nn.Module):
         data, (b, t) = self.prepare(batch), batch["reward"][:, 1:].shape
         h, s, n = self.args.imagination_horizon, self.size.latents, b * min(self.args.imag_last or t, t)
         actions = self.seats * self.actions.noise  # MARL: the actor's numbers, then the teammates'
-        noise = self.noise(self.learn_rng, (b, t, s, 1), (n, h, s, 1), (n, h + 1, actions))
+        noise = self.noise(self.learn_rng, (b, t, s, 1), (h, n, s, 1), (h + 1, n, actions))
         metrics, (batch["deter"], batch["stoch"]) = self.fast_learn(data, noise)
         return metrics
 
@@ -1692,38 +1715,45 @@ class Dreamer(nn.Module):
 
     def imagination_loss(self, deter: torch.Tensor, stoch: torch.Tensor, active: torch.Tensor, z_noise: Any,
                          a_noise: Any):
-        """Dreams from every state (N, …); returns the actor's and critic's losses (N, H), the λ-returns and metrics.
-        MARL: social imagination. The actor acts for ego, the ToM head for the teammates `active` (N, K - 1), who stay
-        so to the end of the dream, and the dynamics take the joint action."""
-        own = self.actions.size  # the part of a joint action that is ego's, and that the policy answers for
-
+        """Dreams from every state (N, …); returns what dream_losses does. Noise as in RSSM.imagine, or Nones. MARL: the
+        teammates who are `active` (N, K - 1) stay so to the end of the dream."""
         def policy(h, z, t) -> torch.Tensor:
-            # MARL: aʲ ~ π̂ʲ(h, z_team), at the same time as a⁰ ~ π(h, z)
-            noise = (None, None) if a_noise is None else a_noise[:, t].tensor_split([self.actions.noise], -1)
-            mates = None if noise[1] is None else noise[1].unflatten(-1, (self.seats - 1, -1))
-            guess = self.wm.teammates(h, z).sample(mates) * active[..., None]
-            return self.wm.joint(self.actor(features(h, z)).sample(noise[0]), guess)
+            return self.policy(h, z, active, None if a_noise is None else a_noise[t])
 
         with torch.no_grad():  # REINFORCE needs no gradient through the dream
             horizon = self.args.imagination_horizon
             deter, stoch, action = self.wm.rssm.imagine(deter.detach(), stoch.detach(), policy, horizon, z_noise)
-            feat = features(deter, stoch)  # (N, H + 1, F)
-            reward = SymexpTwoHot(self.wm.reward(feat)).pred()
+        return self.dream_losses(deter, stoch, action)
+
+    def policy(self, deter: torch.Tensor, stoch: torch.Tensor, active: torch.Tensor, noise: torch.Tensor | None):
+        """MARL: social imagination. Joint actions (N, K·A) in a dream, drawn at the same time: the actor acts for ego,
+        a⁰ ~ π(h, z), and the ToM head for the teammates that are `active`, aʲ ~ π̂ʲ(h, z_team)."""
+        own, mates = (None, None) if noise is None else noise.tensor_split([self.actions.noise], -1)
+        mates = None if mates is None else mates.unflatten(-1, (self.seats - 1, -1))
+        guess = self.wm.teammates(deter, stoch).sample(mates) * active[..., None]
+        return self.wm.joint(self.actor(features(deter, stoch)).sample(own), guess)
+
+    def dream_losses(self, deter: torch.Tensor, stoch: torch.Tensor, action: torch.Tensor):
+        """Dreams (H + 1, N, …) → the actor's and critic's losses (N, H), the λ-returns (N, H) and metrics."""
+        own = action[..., : self.actions.size]  # MARL: ego's part of the joint action, that the policy answers for
+        with torch.no_grad():
+            feat = features(deter, stoch)  # (H + 1, N, F); all that is one number a step becomes (N, H + 1)
+            reward = SymexpTwoHot(self.wm.reward(feat)).pred().t()
             gamma = 1.0 if self.args.contdisc else self.args.gamma  # with contdisc the prediction holds it already
-            cont = self.wm.cont(feat)[..., 0].float().sigmoid() * gamma
-            slow_value = self.slow_critic(feat).pred()
+            cont = self.wm.cont(feat)[..., 0].float().sigmoid().t() * gamma
+            slow_value = self.slow_critic(feat).pred().t()
             weight = cont.cumprod(1) / gamma  # how likely the dream still goes on; at first, whether x was terminal
-        critic, dist = self.critic(feat), self.actor(feat[:, :-1])
-        value, entropy = critic.pred().detach(), dist.entropy()
+        critic, dist = self.critic(feat), self.actor(feat[:-1])
+        value, entropy = critic.pred().detach().t(), dist.entropy().t()
         returns = lambda_return(reward, value, cont, self.args.return_lambda)  # (N, H)
         scale = self.retnorm(returns)
         advantage = (returns - value[:, :-1]) / scale
-        first = SymexpTwoHot(critic.logits[:, :-1])
+        first = SymexpTwoHot(critic.logits[:-1])
         losses = {
-            # −w · (sg(A) · ln π(a) + η · H[π]); MARL: a is ego's part of the joint action
-            "policy": -weight[:, :-1] * (dist.log_prob(action[..., :own]) * advantage + self.args.ent_coef * entropy),
+            # −w · (sg(A) · ln π(a) + η · H[π]); MARL: a is ego's own
+            "policy": -weight[:, :-1] * (dist.log_prob(own).t() * advantage + self.args.ent_coef * entropy),
             # −w · (ln p(sg(R)) + ln p(sg(V_slow)))
-            "value": weight[:, :-1] * (first.loss(returns) + first.loss(slow_value[:, :-1])),
+            "value": weight[:, :-1] * (first.loss(returns.t()) + first.loss(slow_value[:, :-1].t())).t(),
         }
         low, high = self.retnorm.range
         normed = (returns - low) / scale
@@ -1826,8 +1856,8 @@ class Pool:
                   agent.critic, agent.slow_critic, agent.wm.decoder, agent.wm.reward, agent.wm.cont)
         member = copy.deepcopy(agent, {id(x): None for x in unused}).to("cpu").requires_grad_(False)
         member.device = torch.device("cpu")
-        for name in "obs_step", "img_step":  # compiled ones are bound to the learner's weights
-            vars(member.wm.rssm).pop(name, None)
+        for owner, name in member.compiled():  # compiled ones are bound to the learner's weights
+            vars(owner).pop(name, None)
         if weights:
             member.load_state_dict({k: weights[k] for k in dict(member.named_parameters())}, strict=False)
         if len(self.members) == self.size:  # whose neighbours are closest together is missed least

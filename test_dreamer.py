@@ -120,7 +120,7 @@ def batch_of(agent, seed=0, observations=VECTOR, actions=CHOICE, size=4):
 def noise_of(agent, batch, seed=5):
     """The three tensors that Dreamer.update draws."""
     (b, t), h, latents = batch["reward"][:, 1:].shape, agent.args.imagination_horizon, TINY.latents
-    shapes = (b, t, latents, 1), (b * t, h, latents, 1), (b * t, h + 1, agent.actions.noise)
+    shapes = (b, t, latents, 1), (h, b * t, latents, 1), (h + 1, b * t, agent.actions.noise)
     return agent.noise(torch.Generator().manual_seed(seed), *shapes)
 
 
@@ -446,7 +446,7 @@ def test_actor_and_critic_losses_are_those_of_a_naive_loop_over_dreams(gamma):
     torch.manual_seed(3)
     n, h = 4, 5
     deter, stoch = torch.randn(n, 64).tanh(), F.one_hot(torch.randint(5, (n, 6)), 5).float()
-    z_noise, a_noise = torch.rand(n, h, 6, 1), torch.rand(n, h + 1, 1)
+    z_noise, a_noise = torch.rand(h, n, 6, 1), torch.rand(h + 1, n, 1)
     agent.retnorm.range.copy_(torch.tensor([-300.0, 900.0]))
     losses, returns, _ = agent.imagination_loss(deter, stoch, z_noise, a_noise)
     low, high = -300.0, 900.0
@@ -457,10 +457,10 @@ def test_actor_and_critic_losses_are_those_of_a_naive_loop_over_dreams(gamma):
             for t in range(h + 1):
                 feats.append(D.features(d, z))
                 pi = Categorical(logits=agent.actor.outputs[0][0](agent.actor.mlp(feats[-1])))
-                a = (pi.probs.cumsum(-1) < a_noise[i : i + 1, t]).sum(-1)  # inverse CDF
+                a = (pi.probs.cumsum(-1) < a_noise[t, i : i + 1]).sum(-1)  # inverse CDF
                 logps.append(pi.log_prob(a))
                 entropies.append(pi.entropy())
-                d, z = agent.wm.rssm.img_step(d, z, F.one_hot(a, 4).float(), z_noise[i : i + 1, min(t, h - 1)])
+                d, z = agent.wm.rssm.img_step(d, z, F.one_hot(a, 4).float(), z_noise[min(t, h - 1), i : i + 1])
             mean = lambda logits: (logits.softmax(-1) * D.SymexpTwoHot(logits).bins).sum()
             reward, value = [mean(agent.wm.reward(f)) for f in feats], [agent.critic(f).pred()[0] for f in feats]
             cont = [agent.wm.cont(f).sigmoid()[0, 0] for f in feats]
@@ -624,15 +624,15 @@ def test_the_recurrence_is_the_block_gru_of_the_specification():
 
 def test_imagination_with_given_actions_is_the_prior_path():
     rssm, (deter, stoch, _, actions, _, noise) = sequence()
-    deters, stochs, taken = rssm.imagine(deter, stoch, lambda h, z, t: actions[:, t], 9, noise)
-    equal(taken, actions)
-    equal(deters[:, 0], deter)
+    deters, stochs, taken = rssm.imagine(deter, stoch, lambda h, z, t: actions[:, t], 9, noise.transpose(0, 1))
+    equal(taken, actions.transpose(0, 1))
+    equal(deters[0], deter)
     for t in range(9):
         deter = rssm.core(deter, stoch, rssm.embed(actions[:, t]))
         probs = mixed(rssm.prior(deter).view(3, 6, 5)).base_dist.probs
         stoch = F.one_hot((probs.cumsum(-1) < noise[:, t]).sum(-1), 5).float()
-        close(deters[:, t + 1], deter)
-        close(stochs[:, t + 1], stoch)
+        close(deters[t + 1], deter)
+        close(stochs[t + 1], stoch)
 
 
 def test_dreaming_and_observing_share_one_recurrence():
@@ -700,7 +700,7 @@ def test_dreams_from_the_last_steps_only_leave_the_world_models_loss_and_shorten
     agent, short = make_agent(perturb=0.1), make_agent(perturb=0.1, imag_last=3)
     batch = batch_of(agent)
     data, (post, z, a) = agent.prepare(batch), noise_of(agent, batch)
-    last = [x.unflatten(0, (4, 8))[:, -3:].flatten(0, 1) for x in (z, a)]
+    last = [x.unflatten(1, (4, 8))[:, :, -3:].flatten(1, 2) for x in (z, a)]
     (_, ours, _), (_, theirs, _) = short.loss(data, (post, *last)), agent.loss(data, (post, z, a))
     for name in ("rec", "rew", "con", "dyn", "rep"):
         equal(ours[f"losses/{name}"], theirs[f"losses/{name}"])
@@ -1301,7 +1301,7 @@ def train_on_a_share(rank, ranks, folder):
     for _ in range(20):
         shapes = (8, 8, TINY.latents, 1), (8, 8, 5, TINY.latents, 1), (8, 8, 6, agent.actions.noise)
         noise = [torch.rand(shape, generator=rng)[share] for shape in shapes]
-        agent.learn(data, [noise[0], *(x.flatten(0, 1) for x in noise[1:])])
+        agent.learn(data, [noise[0], *(x.flatten(0, 1).transpose(0, 1) for x in noise[1:])])
     torch.save({**dict(agent.named_parameters()), "range": agent.retnorm.range}, f"{folder}/{ranks}.{rank}.pt")
 
 
@@ -1660,7 +1660,7 @@ def team_batch(agent, b=4, t=8, seed=0):
 
 def team_noise(agent, batch, seed=5):
     (b, t), h = batch["reward"][:, 1:].shape, agent.args.imagination_horizon
-    shapes = (b, t, 6, 1), (b * t, h, 6, 1), (b * t, h + 1, agent.seats * agent.actions.noise)
+    shapes = (b, t, 6, 1), (h, b * t, 6, 1), (h + 1, b * t, agent.seats * agent.actions.noise)
     return agent.noise(torch.Generator().manual_seed(seed), *shapes)
 
 
@@ -1899,7 +1899,7 @@ def test_dreams_with_a_tom_head_forced_to_a_policy_are_that_policys_rollout():
         favourite.bias.zero_()
         favourite.weight[2, 0] = favourite.weight[3, 1] = 100.0
     deter, stoch = torch.randn(n, 64).tanh(), F.one_hot(torch.randint(5, (n, 6)), 5).float()
-    z_noise, a_noise = torch.rand(n, h, 6, 1), torch.rand(n, h + 1, 3)
+    z_noise, a_noise = torch.rand(h, n, 6, 1), torch.rand(h + 1, n, 3)
     active = torch.ones(n, 2, dtype=torch.bool)
     active[0, 1] = False  # who is away stays away
     taken, imagine = [], agent.wm.rssm.imagine
@@ -1913,27 +1913,27 @@ def test_dreams_with_a_tom_head_forced_to_a_policy_are_that_policys_rollout():
     agent.imagination_loss(deter, stoch, active, z_noise, a_noise)
     deters, stochs, actions = taken
     mates = F.one_hot(torch.tensor([2, 3]), 4).float().expand(n, -1, -1) * active[..., None]
-    equal(actions[..., 4:].unflatten(-1, (2, 4)), mates[:, None].expand(-1, h, -1, -1))
+    equal(actions[..., 4:].unflatten(-1, (2, 4)), mates.expand(h, -1, -1, -1))
     for t in range(h):  # a naive rollout with that policy
         probs = agent.actor(M.features(deter, stoch)).dists[0].probs
-        own = F.one_hot((probs.cumsum(-1) <= a_noise[:, t, :1]).sum(-1), 4).float()
+        own = F.one_hot((probs.cumsum(-1) <= a_noise[t, :, :1]).sum(-1), 4).float()
         with torch.no_grad():
-            deter, stoch = agent.wm.rssm.img_step(deter, stoch, torch.cat([own, mates.flatten(1)], -1), z_noise[:, t])
-        close(deters[:, t + 1], deter, atol=1e-5)
-        equal(stochs[:, t + 1], stoch)
-        equal(actions[:, t, :4], own)
+            deter, stoch = agent.wm.rssm.img_step(deter, stoch, torch.cat([own, mates.flatten(1)], -1), z_noise[t])
+        close(deters[t + 1], deter, atol=1e-5)
+        equal(stochs[t + 1], stoch)
+        equal(actions[t, :, :4], own)
 
 
 def test_policy_gradient_counts_the_own_action_alone():
     agent = make_team(perturb=0.3, ent_coef=0.5)
     n, h = 4, 4
     deter, stoch = torch.randn(n, 64).tanh(), F.one_hot(torch.randint(5, (n, 6)), 5).float()
-    z_noise, a_noise = torch.rand(n, h, 6, 1), torch.rand(n, h + 1, 3)
+    z_noise, a_noise = torch.rand(h, n, 6, 1), torch.rand(h + 1, n, 3)
     losses, returns, _ = agent.imagination_loss(deter, stoch, torch.ones(n, 2).bool(), z_noise, a_noise)
     with torch.no_grad():  # the first step of each dream, by torch.distributions
         feat = M.features(deter, stoch)
         pi = Categorical(logits=agent.actor.outputs[0][0](agent.actor.mlp(feat)))
-        own = (pi.probs.cumsum(-1) <= a_noise[:, 0, :1]).sum(-1)
+        own = (pi.probs.cumsum(-1) <= a_noise[0, :, :1]).sum(-1)
         low, high = agent.retnorm.range
         advantage = (returns[:, 0] - agent.critic(feat).pred()) / max(1.0, float(high - low))
         weight = agent.wm.cont(feat)[:, 0].sigmoid()
@@ -1985,7 +1985,7 @@ def test_dreams_begin_where_ego_is_in_the_game_and_their_returns_come_back_to_th
     monkeypatch.setattr(agent, "replay_value_loss", lambda *x: seen.setdefault("value", (x, value(*x)))[1])
     steps = last or 8
     data, noise = agent.prepare(batch), team_noise(agent, batch)
-    noise[1:] = [x[: 4 * steps] for x in noise[1:]]
+    noise[1:] = [x[:, : 4 * steps] for x in noise[1:]]
     _, report, (deter, _) = agent(data, noise)
     (starts, _, active, _, _), (losses, returns, _) = seen["dreams"]
     valid, places = data["valid"][:, -steps:], {}
@@ -2339,8 +2339,8 @@ def test_teammates_who_are_away_are_not_guessed_at():
 
 def test_a_compiled_step_of_the_learner_does_not_come_with_its_copies():
     agent = make_team(seats=2, perturb=0.2)
-    rssm, step = agent.wm.rssm, agent.wm.rssm.obs_step
-    rssm.obs_step = lambda *inputs: step(*inputs)  # as torch.compile puts it: bound to the learner's weights
+    for owner, name in agent.compiled():  # as torch.compile puts it: bound to the learner's weights
+        setattr(owner, name, lambda *inputs, step=getattr(owner, name): step(*inputs))
     pool = pool_of(members=1, agent=agent)
     x, first = np.ones((2, 3), np.float32), np.ones(2, bool)
     before = pool.members[0].act(x, None, first, rng=torch.Generator().manual_seed(0))[1]["deter"]
