@@ -31,7 +31,6 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import functools
 import importlib
 import json
 import os
@@ -492,17 +491,14 @@ class SymexpTwoHot:
         probs, middle = self.logits.softmax(-1), self.bins.shape[0] // 2
         return (probs[..., middle + 1 :] - probs[..., :middle].flip(-1)) @ self.bins[middle + 1 :]
 
-    @functools.cached_property  # one pass for all targets
-    def logp(self) -> torch.Tensor:
-        return self.logits.log_softmax(-1)
-
-    def loss(self, target: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy (…) to `target` (…), split between its neighbouring bins linearly in raw (not symlog) space."""
-        target = target.float().clamp(self.bins[0], self.bins[-1]).contiguous()
+    def loss(self, *targets: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy (…) to `targets`, (…) each, summed over them: one pass through the logits serves all. A target
+        is split between its neighbouring bins linearly in raw (not symlog) space."""
+        target = torch.stack(targets, -1).float().clamp(self.bins[0], self.bins[-1])
         below = (torch.searchsorted(self.bins, target, right=True) - 1).clamp(0, self.bins.shape[0] - 2)
         weight = (target - self.bins[below]) / (self.bins[below + 1] - self.bins[below])
-        low, high = self.logp.gather(-1, torch.stack([below, below + 1], -1)).unbind(-1)
-        return -(1 - weight) * low - weight * high
+        logp = self.logits.log_softmax(-1).gather(-1, torch.cat([below, below + 1], -1))
+        return -(torch.cat([1 - weight, weight], -1) * logp).sum(-1)
 
 class OneHot:
     """Categorical over one-hot vectors (…, C), mixed with `unimix` of the uniform distribution; see RSSM and Actor."""
@@ -901,7 +897,6 @@ class ReturnNormalizer(nn.Module):
         self.register_buffer("range", torch.zeros(2))
         self.register_buffer("percentiles", torch.tensor([0.05, 0.95]), persistent=False)
 
-    @torch.compiler.disable  # processes exchange messages here
     @torch.no_grad()
     def forward(self, returns: torch.Tensor) -> torch.Tensor:
         """Moves the range towards that of `returns`, of any shape and over all processes, and gives the scale ()."""
@@ -1029,7 +1024,7 @@ class Dreamer(nn.Module):
         """What torch.compile makes a few kernels of: single steps of the loops over time, and all that has none."""
         wm = self.wm
         return [(wm, "encode"), (wm.rssm, "obs_step"), (wm, "head_losses"),
-                (self, "policy"), (wm.rssm, "img_step"), (self, "dream_losses")]
+                (self, "policy"), (wm.rssm, "img_step"), (self, "judge")]
 
     def replay_specs(self) -> dict[str, tuple]:
         """Rows for a ReplayBuffer: name → (shape, dtype) of what act and the environment yield at one step."""
@@ -1130,47 +1125,51 @@ class Dreamer(nn.Module):
         return loss, report, (deter.detach(), stoch.detach().argmax(-1))
 
     def imagination_loss(self, deter: torch.Tensor, stoch: torch.Tensor, z_noise: Any, a_noise: Any):
-        """Dreams from every state (N, …); returns what dream_losses does. Noise as in RSSM.imagine, or Nones."""
+        """Dreams from every state (N, …), with noise as in RSSM.imagine or Nones; returns losses of actor and critic
+        (N, H), the λ-returns (N, H) and metrics."""
         def policy(h, z, t) -> torch.Tensor:
             return self.policy(h, z, None if a_noise is None else a_noise[t])
 
         with torch.no_grad():  # REINFORCE needs no gradient through the dream
             horizon = self.args.imagination_horizon
             deter, stoch, action = self.wm.rssm.imagine(deter.detach(), stoch.detach(), policy, horizon, z_noise)
-        return self.dream_losses(deter, stoch, action)
+        x = self.judge(deter, stoch, action)
+        scale = self.retnorm(x["tar"])
+        advantage = (x["tar"] - x["val"][:, :-1]) / scale
+        losses = {
+            # −w · (sg(A) · ln π(a) + η · H[π])
+            "policy": -x["weight"][:, :-1] * (x["logp"] * advantage + self.args.ent_coef * x["policy_entropy"]),
+            "value": x["weight"][:, :-1] * x["value_loss"],
+        }
+        low, high = self.retnorm.range
+        normed = (x["tar"] - low) / scale
+        means = {k: x[k] for k in ("rew", "con", "val", "tar", "weight", "slowval", "policy_entropy")} | dict(
+            adv=advantage, adv_mag=advantage.abs(), ret=normed, ret_rate=(normed.abs() >= 1).float())
+        metrics = {k: v.mean() for k, v in means.items()} | dict(
+            adv_std=advantage.std(correction=0), ret_min=normed.min(), ret_max=normed.max(), ret_low=low, ret_high=high)
+        return losses, x["tar"], metrics
 
     def policy(self, deter: torch.Tensor, stoch: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
         """Actions (N, A) in a dream."""
         return self.actor(features(deter, stoch)).sample(noise)
 
-    def dream_losses(self, deter: torch.Tensor, stoch: torch.Tensor, action: torch.Tensor):
-        """Dreams (H + 1, N, …) → the actor's and critic's losses (N, H), the λ-returns (N, H) and metrics."""
+    def judge(self, deter: torch.Tensor, stoch: torch.Tensor, action: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What heads, actor and critics say to dreams (H + 1, N, …). At all steps, (N, H + 1): rew, con, val, slowval,
+        weight. At all but the last, (N, H): the λ-returns `tar`, logp of the actions, policy_entropy and value_loss."""
         with torch.no_grad():
-            feat = features(deter, stoch)  # (H + 1, N, F); all that is one number a step becomes (N, H + 1)
+            feat = features(deter, stoch)
             reward = SymexpTwoHot(self.wm.reward(feat)).pred().t()
             gamma = 1.0 if self.args.contdisc else self.args.gamma  # with contdisc the prediction holds it already
             cont = self.wm.cont(feat)[..., 0].float().sigmoid().t() * gamma
             slow_value = self.slow_critic(feat).pred().t()
             weight = cont.cumprod(1) / gamma  # how likely the dream still goes on; at first, whether x was terminal
         critic, dist = self.critic(feat), self.actor(feat[:-1])
-        value, entropy = critic.pred().detach().t(), dist.entropy().t()
-        returns = lambda_return(reward, value, cont, self.args.return_lambda)  # (N, H)
-        scale = self.retnorm(returns)
-        advantage = (returns - value[:, :-1]) / scale
-        first = SymexpTwoHot(critic.logits[:-1])
-        losses = {
-            # −w · (sg(A) · ln π(a) + η · H[π])
-            "policy": -weight[:, :-1] * (dist.log_prob(action).t() * advantage + self.args.ent_coef * entropy),
-            # −w · (ln p(sg(R)) + ln p(sg(V_slow)))
-            "value": weight[:, :-1] * (first.loss(returns.t()) + first.loss(slow_value[:, :-1].t())).t(),
-        }
-        low, high = self.retnorm.range
-        normed = (returns - low) / scale
-        means = dict(adv=advantage, adv_mag=advantage.abs(), rew=reward, con=cont, ret=normed, val=value, tar=returns,
-                     weight=weight, slowval=slow_value, ret_rate=(normed.abs() >= 1).float(), policy_entropy=entropy)
-        metrics = {k: x.mean() for k, x in means.items()} | dict(
-            adv_std=advantage.std(correction=0), ret_min=normed.min(), ret_max=normed.max(), ret_low=low, ret_high=high)
-        return losses, returns, metrics
+        value = critic.pred().detach().t()
+        returns = lambda_return(reward, value, cont, self.args.return_lambda)
+        # −ln p(sg(R)) − ln p(sg(V_slow))
+        value_loss = SymexpTwoHot(critic.logits[:-1]).loss(returns.t(), slow_value[:, :-1].t()).t()
+        return dict(rew=reward, con=cont, val=value, slowval=slow_value, weight=weight, tar=returns,
+                    logp=dist.log_prob(action).t(), policy_entropy=dist.entropy().t(), value_loss=value_loss)
 
     def replay_value_loss(self, data: dict[str, Any], feat: torch.Tensor, bootstrap: torch.Tensor):
         """Critic loss and λ-returns (B, T - 1) on real rewards, with gradient into the world model. bootstrap (B, T):
@@ -1181,7 +1180,7 @@ class Dreamer(nn.Module):
         with torch.no_grad():
             slow_value = self.slow_critic(feat[:, :-1].detach()).pred()
         critic = self.critic(feat[:, :-1])
-        return (~data["is_last"][:, :-1]).float() * (critic.loss(returns) + critic.loss(slow_value)), returns
+        return (~data["is_last"][:, :-1]).float() * critic.loss(returns, slow_value), returns
 
     def get_extra_state(self) -> dict[str, Any]:
         """What state_dict holds beside weights and buffers: the optimizer's averages and the generators."""
