@@ -106,7 +106,7 @@ class Args:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     # CPU threads of PyTorch; 0 takes half of the cores, since with all of them any other process stalls every layer
     threads: int = 0
-    # fuse the steps of the recurrence with torch.compile; by default where there is a GPU
+    # fuse operations with torch.compile, which takes a minute at first; by default where there is a GPU
     compile: bool = dataclasses.field(default_factory=torch.cuda.is_available)
     cuda_graph: bool = True  # on CUDA, record update and act once and replay them as one launch
     # where the replay lies; auto: on the GPU if it takes less than half of what is free there

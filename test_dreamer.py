@@ -294,6 +294,7 @@ def test_two_hot_loss_is_cross_entropy_to_a_target_interpolated_in_raw_space():
     targets = torch.tensor(np.stack([two_hot(v, dist.bins.double().numpy()) for v in x]))
     loss = dist.loss(x)
     close(loss, -(targets * logits.double().log_softmax(-1)).sum(-1), rtol=1e-4)
+    close(dist.loss(x, 2 * x, x.flip(0)), loss + dist.loss(2 * x) + dist.loss(x.flip(0)))
     loss.sum().backward()  # the gradient of a cross-entropy is p − target: the mass lies on at most two neighbours
     mass = logits.detach().softmax(-1) - logits.grad
     close(mass, targets, atol=1e-4)
@@ -519,6 +520,8 @@ def test_block_linear_is_separate_linear_layers_on_each_block_and_the_shared_inp
     blocks = [torch.cat([own, shared], 1) @ weight + bias
               for own, weight, bias in zip(x.split(3, 1), layer.weight, layer.bias.split(2))]
     close(layer(x, shared), torch.cat(blocks, 1))
+    with torch.no_grad():  # another way of computing it
+        close(layer(x, shared), torch.cat(blocks, 1))
     plain = D.BlockLinear(24, 16, 8)
     close(plain(x), x @ torch.block_diag(*plain.weight), atol=1e-5)
 
