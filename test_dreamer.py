@@ -655,6 +655,10 @@ def test_a_dream_reconstructs_its_context_and_then_sees_no_observation():
     recon = agent.wm.decoder(deter.flatten(0, 1), stoch.flatten(0, 1))["obs"].view(dream.shape)
     close(dream[:, :3], recon[:, :3])
     assert not torch.allclose(dream[:, 3:], recon[:, 3:])
+    deter, stoch = deter[:, 2], stoch[:, 2]
+    for t in range(3, 8):
+        deter, stoch = agent.wm.rssm.img_step(deter, stoch, data["prev_action"][:, t], noise[:, t])
+        close(dream[:, t], agent.wm.decoder(deter, stoch)["obs"])
     data["obs"]["obs"][:, 3:] = 7.0
     equal(agent.wm.dream(data, 3, noise)["obs"], dream)
     data["prev_action"][:, 5] = 1 - data["prev_action"][:, 5]
