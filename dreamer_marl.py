@@ -1060,7 +1060,7 @@ class BlockLinear(nn.Module):
             y = torch.bmm(torch.cat([x, shared.expand(self.blocks, -1, -1)], -1), self.weight)
         else:
             y = torch.bmm(x, self.weight[:, : self.own])
-            y.baddbmm_(shared.expand(self.blocks, -1, -1), self.weight[:, self.own :])
+            y = torch.baddbmm(y, shared.expand(self.blocks, -1, -1), self.weight[:, self.own :])
         return y.add_(self.bias.view(self.blocks, 1, -1)).transpose(0, 1)
 
 class Layer(nn.Sequential):
