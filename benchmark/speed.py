@@ -1,10 +1,10 @@
 """How long an update takes, and how far that is from what the machine can do: `python benchmark/speed.py`.
 
-Prints a table and writes benchmark/speed_<device>.json. The yardstick that holds on any machine is the last column:
-the time of an update divided by (its floating-point operations ÷ the machine's peak), where the peak is that of a
-large matrix product in the same process, number format and number of threads. Eager, compiled and captured updates
-take turns, so that a busy machine slows all of them; what is printed is the median, and half of the range between the
-quartiles. FLOPs are those of matrix products and convolutions, counted by torch.utils.flop_counter.
+Prints a table and writes benchmark/speed_<device>.json. The yardstick that holds on any machine is "× ideal": the time
+of an update divided by (its floating-point operations ÷ the machine's peak), where the peak is that of a large matrix
+product in the same process, number format and number of threads, the fastest of the whole run. Eager, compiled and
+captured updates take turns, so that a busy machine slows all of them; what is printed is the median, and half of the
+range between the quartiles. FLOPs are those of matrix products and convolutions, counted by torch.utils.flop_counter.
 """
 import dataclasses
 import datetime
@@ -184,14 +184,20 @@ def main(options: Options) -> None:
     path, rows = Path(options.out or Path(__file__).parent / f"speed_{device.type}.json"), []
 
     def write(runs: list) -> None:
+        for row in rows:  # by the fastest product of the whole run
+            row["ideal_ms"] = 1e12 * row["gflop"] / peak[getattr(torch, row["dtype"])]
+            row["times_ideal"] = row["update_ms"] / row["ideal_ms"]
+        about["peak_gflops"] = {str(k): v / 1e9 for k, v in peak.items()}
         path.write_text(json.dumps({**about, "updates": rows, "runs": runs}, indent=1) + "\n")
 
     for size in sizes:
         for kind in options.observations:
             if cuda or options.sizes or (size, kind) != ("12m", "image"):  # over ten seconds an update
                 rows += time_updates(options, size, kind, modes, peak)
+                peak |= {dtype: max(best, peak_flops(device, dtype)) for dtype, best in peak.items()}
                 write([])
     write(end_to_end(options) if options.end_to_end else [])
+    print(*(f"{r['size']} {r['observation']} {r['mode']}: {r['times_ideal']:.2f} × ideal" for r in rows), sep="\n")
     print(f"written to {path}")
 
 
