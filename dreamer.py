@@ -23,16 +23,20 @@ Time      Row t of the replay holds what *arrived* at t and the action chosen af
           h_t = f(h_{t-1}, z_{t-1}, a_{t-1});  z_t ~ q(z | h_t, x_t) when x_t is seen (posterior), z_t ~ p(z | h_t) in
           dreams (prior). The heads at t predict r_t and whether x_t was terminal; the return at t begins with r_{t+1}.
 
-Deviations from the reference: replay stores deter as bfloat16 and stoch as uint8 class indices (2.5 times smaller);
-samples are drawn by inverse CDF from uniform noise made ahead, so that a run can be replayed exactly; the presets of
-suites that the reference has none for (CartPole's above all) carry values of our own, see PRESETS.
+Deviations from the reference: replay stores deter as bfloat16 and stoch as uint8 class indices, 2.5 times smaller than
+deter and one-hots in float32; samples are drawn by inverse CDF from uniform noise made ahead, so that a run can be
+replayed exactly; the presets of suites that the reference has none for (CartPole's above all) carry values of our own,
+see PRESETS.
 """
 import argparse
 import collections
 import contextlib
 import dataclasses
+import datetime
+import gc
 import importlib
 import json
+import math
 import os
 import platform
 import random
@@ -170,15 +174,20 @@ class Args:
             raise InputError(f"size {self.size!r} does not exist: choose one of {', '.join(SIZES)}")
         if self.image_size % 16 or not 48 <= self.image_size <= 256:
             raise InputError(f"image_size {self.image_size} does not fit the CNN: take a multiple of 16 from 48 to 256")
-        for name in ("num_envs", "total_timesteps", "batch_size", "batch_length", "imagination_horizon",
-                     "eval_episodes", "log_every"):
-            if getattr(self, name) < (least := 1 + (name == "batch_length")):  # the replay loss needs a next step
-                raise InputError(f"{name} {getattr(self, name)} must be at least {least}")
+        for names, least, most in (
+                ("num_envs total_timesteps batch_size imagination_horizon eval_episodes log_every", 1, 1e12),
+                ("batch_length", 2, 1e12),  # the replay loss needs a next step
+                ("threads warmup video_every eval_every checkpoint_every train_ratio learning_rate ent_coef free_nats "
+                 "dyn_scale rep_scale rec_scale repval_scale", 0, 1e12),
+                ("agc", 1e-6, 1e12), ("gamma tau", 1e-6, 1), ("return_lambda", 0, 1), ("seed", 0, 2**31)):
+            for name in names.split():
+                if not least <= getattr(self, name) <= most:  # so is NaN, which is in no range
+                    raise InputError(f"{name} {getattr(self, name)} cannot be used: take {least:g} to {most:g}")
+        if self.resume and self.evaluate:
+            raise InputError(f"resume {self.resume!r} and evaluate {self.evaluate!r} exclude each other: take one")
         if self.imag_last < 0 or self.imag_last == 1:
             raise InputError(f"imag_last {self.imag_last} must be 0 or at least 2: the replay loss needs a next step")
-        if self.threads < 0:
-            raise InputError(f"threads {self.threads} must be 0, for half of the cores, or more")
-        if self.buffer_device == "cuda" and not (self.cuda and torch.cuda.is_available()):
+        if self.buffer_device == "cuda" and not (self.evaluate or self.cuda and torch.cuda.is_available()):
             raise InputError("buffer_device 'cuda' needs a GPU that the run may use: take auto or cpu")
         # a window of every environment, and as much as a batch before the first update; rows are divided evenly
         needed = max((self.batch_length + 1) * self.num_envs, self.batch_size * self.batch_length + self.num_envs)
@@ -352,7 +361,8 @@ class ActionCodec:
                 raise InputError(f"action space {sub} is not supported: use Box, Discrete, MultiDiscrete, MultiBinary")
             if not classes and not (np.isfinite(sub.low).all() and np.isfinite(sub.high).all()):
                 raise InputError(f"action space {sub} is unbounded: give it finite bounds, for example with "
-                                 "gymnasium.wrappers.TransformAction(env, lambda a: a, gymnasium.spaces.Box(-1, 1, n))")
+                                 "gymnasium.wrappers.TransformAction(env, lambda a: a, "
+                                 f"gymnasium.spaces.Box(-1, 1, {sub.shape}))")
             self.heads[name], self.start[name] = ("discrete", classes) if classes else ("continuous", n), self.size
             self.size += sum(classes) if classes else n
             self.noise += n  # one number for every choice or dimension
@@ -437,7 +447,9 @@ class ReplayBuffer:
             self.online.popleft()  # overwritten before its turn
         for i in range(min(batch_size, len(self.online)) if online else 0):
             env[i], start[i] = self.online.popleft()
-        env, row = env.to(self.device), ((start + torch.arange(self.window)) % self.rows).to(self.device)
+        row = (start + torch.arange(self.window)) % self.rows
+        if self.device != "cpu":  # pinned, so that the copy does not wait for the update that goes on
+            env, row = (x.pin_memory().to(self.device, non_blocking=True) for x in (env, row))
         batch = {k: x[env, row] for k, x in self.data.items()}
         if self.device == "cpu" and torch.cuda.is_available():
             batch = {k: x.pin_memory() for k, x in batch.items()}  # so that the copy to the GPU does not wait for it
@@ -450,19 +462,21 @@ class ReplayBuffer:
 
     def state_dict(self) -> dict[str, Any]:
         size = min(self.count, self.rows)
-        # a full ring on the CPU is not copied, for there may be no room for that
-        return {"data": {k: x[:, :size].to("cpu", copy=size < self.rows) for k, x in self.data.items()},
+        # row by row, and a full ring on the CPU is not copied at all, for there may be no room for that
+        return {"data": {k: [row[:size].to("cpu", copy=size < self.rows) for row in x] for k, x in self.data.items()},
                 "count": self.count, "online": list(self.online), "rows": self.rows,
                 "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores a saved ring; raises InputError if it was saved with another capacity or number of environments."""
-        ours, saved = ({k: (len(x), *x.shape[2:]) for k, x in data.items()} for data in (self.data, state["data"]))
+        ours, saved = ({k: (len(x), *x[0].shape[1:]) for k, x in data.items()} for data in (self.data, state["data"]))
         fits = state["rows"] == self.rows or state["count"] <= min(self.rows, state["rows"])  # or has not wrapped yet
         if not fits or ours != saved:
-            raise InputError("the saved replay has another layout: keep its env_id, size, num_envs and buffer_size")
-        for name, value in state["data"].items():
-            self.data[name][:, : value.shape[1]] = value
+            raise InputError("the saved replay has another layout: keep its env_id, size, num_envs and buffer_size, "
+                             "and total_timesteps no smaller")
+        for name, rows in state["data"].items():
+            for row, saved_row in zip(self.data[name], rows):
+                row[: len(saved_row)] = saved_row
         self.count, self.online = state["count"], collections.deque(tuple(x) for x in state["online"])
         self.generator.set_state(state["generator"])
         if self.count:  # the environments start anew, so the streams break off here
@@ -539,10 +553,10 @@ class Normal:
         return self.mean + self.std * z
 
     def log_prob(self, x: torch.Tensor) -> torch.Tensor:
-        return (-0.5 * ((x - self.mean) / self.std) ** 2 - self.std.log() - 0.5 * np.log(2 * np.pi)).sum(-1)
+        return (-0.5 * ((x - self.mean) / self.std) ** 2 - self.std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
 
     def entropy(self) -> torch.Tensor:
-        return (self.std.log() + 0.5 * np.log(2 * np.pi * np.e)).sum(-1)
+        return (self.std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
 
 class Joint:
     """Independent distributions side by side: their samples concatenated, log-probabilities and entropies summed."""
@@ -584,7 +598,7 @@ class Linear(nn.Linear):
         nn.init.zeros_(self.bias)
 
 class BlockLinear(nn.Module):
-    """`blocks` independent linear layers: block g maps its slice of x (…, inputs) and all of `shared` (…, shared).
+    """`blocks` independent linear layers: block g maps its slice of x (N, inputs) and all of `shared` (N, shared).
     Passing `shared` equals repeating it to every block and concatenating, in dreams without the copies."""
     def __init__(self, inputs: int, outputs: int, blocks: int, shared: int = 0):
         super().__init__()
@@ -630,6 +644,12 @@ class Conv(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # views only: the memory stays channels-last
+
+def upsample(x: torch.Tensor) -> torch.Tensor:
+    """(N, H, W, C) → (N, 2H, 2W, C): every pixel becomes 2×2."""
+    if torch.compiler.is_compiling():  # the compiler adds the gradients of interpolate one by one, those of views at once
+        return x[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1).flatten(3, 4).flatten(1, 2)
+    return F.interpolate(x.permute(0, 3, 1, 2), scale_factor=2, mode="nearest").permute(0, 2, 3, 1)
 
 # ---------------------------------------------------------------------------------------------------------- world model
 
@@ -691,8 +711,7 @@ class Decoder(nn.Module):
             x = groups.permute(0, 2, 3, 1, 4).flatten(3)  # block g makes the g-th group of channels
             x = x + self.from_stoch(stoch).unflatten(-1, x.shape[1:])
             for norm, conv in zip(self.norms, self.convs):
-                x = F.interpolate(F.silu(norm(x)).permute(0, 3, 1, 2), scale_factor=2, mode="nearest")
-                x = conv(x.permute(0, 2, 3, 1))
+                x = conv(upsample(F.silu(norm(x))))
             recon |= dict(zip(self.images, x.float().sigmoid().split([self.obs[k].width for k in self.images], -1)))
         return recon
 
@@ -789,7 +808,7 @@ class RSSM(nn.Module):
     def kl_loss(self, post: torch.Tensor, prior: torch.Tensor, free: float = 1.0) -> list[torch.Tensor]:
         """Logits (…, S, C) of both → dyn (…), which moves only the prior, and rep (…), only the posterior."""
         pairs = (self.dist(post.detach()), self.dist(prior)), (self.dist(post), self.dist(prior.detach()))
-        # KL(p‖q) = Σ p · (ln p − ln q), over all latents; free nats come off the sum
+        # KL(p‖q) = Σ p · (ln p − ln q), over all latents; below the free nats it has no gradient
         return [(p.probs * (p.logp - q.logp)).sum((-2, -1)).clamp(min=free) for p, q in pairs]
 
 def features(deter: torch.Tensor, stoch: torch.Tensor) -> torch.Tensor:
@@ -956,8 +975,9 @@ def average_over_processes(tensors: list[torch.Tensor]) -> None:
 
 class Captured:
     """A function of trees of tensors that CUDA replays as one graph: one launch in place of thousands. With inputs of
-    new shapes the first two calls run as they are, which warms everything up, and the third is recorded. What a replay
-    returns is overwritten by the next one."""
+    new shapes the first two calls run as they are, which warms everything up, and the third is recorded. All calls work
+    on the same copies of the inputs, whose strides are what is compiled for. What a replay returns is overwritten by
+    the next one."""
     def __init__(self, function: Any, on: bool):
         self.function, self.on, self.graphs = function, on, {}
 
@@ -966,8 +986,12 @@ class Captured:
             return self.function(*inputs)
         flat, spec = tree_flatten(inputs)
         shapes = tuple(x.shape for x in flat)
-        known = self.graphs.setdefault(shapes, {"calls": 0})
+        if shapes not in self.graphs:
+            self.graphs[shapes] = {"calls": 0, "inputs": [x.clone() for x in flat]}
+        known = self.graphs[shapes]
         known["calls"] += 1
+        torch._foreach_copy_(known["inputs"], flat)
+        inputs = tree_unflatten(known["inputs"], spec)
         if known["calls"] <= 2:
             stream, now = torch.cuda.Stream(), torch.cuda.current_stream()
             stream.wait_stream(now)
@@ -975,23 +999,23 @@ class Captured:
                 outputs = self.function(*inputs)
             now.wait_stream(stream)
             return outputs
-        if "graph" not in known:
-            known |= {"graph": torch.cuda.CUDAGraph(), "inputs": [x.clone() for x in flat]}
-            try:
-                with torch.cuda.graph(known["graph"]):
-                    known["outputs"] = self.function(*tree_unflatten(known["inputs"], spec))
+        if "outputs" not in known:
+            known["graph"] = torch.cuda.CUDAGraph()
+            try:  # the outer context brings the stream back where the recording breaks off
+                with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(known["graph"]):
+                    known["outputs"] = self.function(*inputs)
             except RuntimeError as error:
                 warnings.warn(f"no CUDA graph, going on without: {str(error).splitlines()[0]}")
                 self.on = False
+                self.graphs.clear()  # gives its memory back
                 return self.function(*inputs)
-        torch._foreach_copy_(known["inputs"], flat)
         known["graph"].replay()
         return known["outputs"]
 
 class Dreamer(nn.Module):
     """The agent: `act` on observations, `update` on batches of a ReplayBuffer, `state_dict` for what learning needs.
     Spaces are those of ONE environment, observations and actions batches of them. Raises InputError for spaces that
-    cannot be used. See README for ten lines of use without this file's training loop."""
+    cannot be used. See README for a short loop of use without this file's."""
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args):
         super().__init__()
         args.check()
@@ -1022,9 +1046,11 @@ class Dreamer(nn.Module):
 
     def compiled(self) -> list[tuple[nn.Module, str]]:
         """What torch.compile makes a few kernels of: single steps of the loops over time and what lies between them.
-        Not replay_value_loss: its loop over time takes 20 s more to compile and saves a hundredth of an update."""
+        Not replay_value_loss: its loop over time takes 20 s more to compile and saves a hundredth of an update. Nor, on
+        a CPU, the CNN, whose max-pooling would get a backward several times slower than PyTorch's own."""
         wm = self.wm
-        return [(wm, "encode"), (wm.rssm, "obs_step"), (wm, "head_losses"),
+        encode = [] if wm.encoder.images and self.device.type == "cpu" else [(wm, "encode")]
+        return [*encode, (wm.rssm, "obs_step"), (wm, "head_losses"),
                 (self, "policy"), (wm.rssm, "img_step"), (self, "judge")]
 
     def replay_specs(self) -> dict[str, tuple]:
@@ -1047,8 +1073,9 @@ class Dreamer(nn.Module):
     def act(self, obs: Any, state: dict[str, Any] | None, is_first: np.ndarray, deterministic: bool = False):
         """Chooses actions for a batch of observations.
         obs: batch (N, …) as a vector environment returns it; state: what the last call returned, None at the start;
-        is_first: (N,) bool, where an episode begins. Returns actions for the environment and the new state. The state
-        also is the agent's part of a replay step: obs/…, action, deter and stoch, see `replay_specs`."""
+        is_first: (N,) bool, where an episode begins; deterministic: modes of latents and actions in place of samples.
+        Returns actions for the environment and the new state, which also is the agent's part of a replay step:
+        obs/…, action, deter and stoch, see `replay_specs`."""
         encoded, n = self.observations(obs), len(is_first)
         if state is None:
             deter, stoch = self.wm.rssm.initial(n, self.device)
@@ -1195,7 +1222,9 @@ class Dreamer(nn.Module):
                 self.optimizer.state[p][name].copy_(value)
         group["updates"].copy_(saved["param_groups"][0]["updates"])
         for name in ("act_rng", "learn_rng"):
-            getattr(self, name).set_state(state[name].cpu())
+            rng, saved = getattr(self, name), state[name].cpu()
+            if len(saved) == len(rng.get_state()):  # a GPU's generator cannot go on where a CPU's stopped
+                rng.set_state(saved)
 
 # --------------------------------------------------------------------------------- evaluation, pictures and checkpoints
 
@@ -1325,14 +1354,16 @@ def parse_args(argv: list[str] | None = None) -> Args:
 # ----------------------------------------------------------------------------------------------------------------- main
 
 def main(args: Args) -> dict[str, Any]:
-    """Trains (or plays, with args.evaluate) and returns what summary.json holds. Raises InputError for bad input.
+    """Trains and returns what summary.json holds; with args.evaluate plays and returns the evaluation, without a file.
+    Raises InputError for bad input.
     Under torchrun every process has its own environments and replay; all take the same steps, the first one logs."""
     args.check()
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.cuda and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if ranks > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if args.cuda and torch.cuda.is_available() else "gloo")
+        dist.init_process_group("nccl" if args.cuda and torch.cuda.is_available() else "gloo",
+                                timeout=datetime.timedelta(hours=2))  # the others wait while the first one evaluates
     random.seed(args.seed + rank)
     np.random.seed(args.seed + rank)
     torch.manual_seed(args.seed)  # the same weights in every process
@@ -1379,9 +1410,14 @@ def main(args: Args) -> dict[str, Any]:
         except Exception as error:
             raise InputError(f"Weights & Biases cannot be reached ({error}): log in, set WANDB_MODE=offline, or leave "
                              "out --track") from None
-    run_dir.mkdir(parents=True, exist_ok=True)  # after all that can complain, so that nothing is left over
-    writer = SummaryWriter(str(run_dir)) if rank == 0 else None
-    if writer:
+    writer = None
+    if rank == 0:  # after all that can complain, so that nothing is left over
+        try:
+            run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+        except FileExistsError:  # two runs in one folder would overwrite each other
+            raise InputError(f"{run_dir} is another run's, begun in the same second: start again, or give this one an "
+                             "--exp-name of its own") from None
+        writer = SummaryWriter(str(run_dir))
         table = "".join(f"\n|{k}|{v}|" for k, v in vars(args).items())
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|{table}")
         print(*(f"{k} = {v}" for k, v in vars(args).items()), sep="\n")
@@ -1427,7 +1463,7 @@ def main(args: Args) -> dict[str, Any]:
             action, state = agent.act(obs, state, arrived["is_first"])
             # 2. store what arrived and what was chosen
             buffer.add({k: arrived[k] if k in arrived else state[k] for k in buffer.data})
-            # 3. step: workers do so during the updates, and so does this process while a GPU computes them
+            # 3. step: workers do so during the updates, and so does this process while a GPU with the replay computes them
             if workers := isinstance(envs, gym.vector.AsyncVectorEnv):
                 envs.step_async(action)
             # 4. update train_ratio / (B·T) times for every environment step
@@ -1466,8 +1502,8 @@ def main(args: Args) -> dict[str, Any]:
                      "charts/replay_size": len(buffer), "charts/replay_bytes": len(buffer) * buffer.bytes_per_step})
                 bar.set_postfix(updates_s=f"{now['updates_per_second']:.1f}", returns=np.round(episodes[-3:], 1))
                 if not np.isfinite(total := values["losses/total"]):
-                    raise InputError(f"the loss became {total} at step {step}: lower --learning-rate, or --resume from "
-                                     "the last checkpoint")
+                    raise InputError(f"the loss became {total} at step {step}: lower --learning-rate and start anew, "
+                                     "or --resume from what --checkpoint-every saved")
             if due(args.video_every) and metrics and writer:
                 save_dreams(agent, buffer, writer, run_dir, step)
             if due(args.eval_every):
@@ -1482,7 +1518,7 @@ def main(args: Args) -> dict[str, Any]:
         end = progress()
         if args.save_model:
             save()
-        envs.close(**({"terminate": True} if isinstance(envs, gym.vector.AsyncVectorEnv) else {}))
+        envs.close(**({"terminate": not finished} if isinstance(envs, gym.vector.AsyncVectorEnv) else {}))
         with contextlib.suppress(KeyboardInterrupt):  # what has been learned is told in any case
             eval_returns = play() if finished else eval_returns
         mean, std = (float(f(eval_returns)) if eval_returns else None for f in (np.mean, np.std))
@@ -1500,8 +1536,13 @@ def main(args: Args) -> dict[str, Any]:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's way to say Ctrl-C
+    if hasattr(os, "register_at_fork"):  # workers, which a run that breaks off ends so, go without a word
+        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     try:
         main(parse_args())
+        if dist.is_initialized():
+            gc.collect()  # NCCL does not end before CUDA graphs do that hold its messages
+            dist.destroy_process_group()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

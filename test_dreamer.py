@@ -55,7 +55,7 @@ def make_agent(observations=VECTOR, actions=CHOICE, seed=1, perturb=0.0, **value
     agent = D.Dreamer(observations, actions, D.Args(seed=seed, **values))
     with torch.no_grad():
         for p in agent.parameters():
-            p.add_(perturb * torch.randn(p.shape))
+            p.add_(perturb * torch.randn(p.shape).to(p.device))
     return agent
 
 
@@ -562,6 +562,16 @@ def test_rewards_and_values_are_exactly_zero_before_learning():
     equal(agent.slow_critic(feat).pred(), torch.zeros(20))
 
 
+def test_upsampling_repeats_every_pixel_whether_it_is_compiled_or_not(monkeypatch):
+    x, weight = torch.randn(2, 3, 4, 5), torch.randn(2, 6, 8, 5)
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+        y = D.upsample(x.requires_grad_())
+        assert np.array_equal(y.detach().numpy(), x.detach().numpy().repeat(2, 1).repeat(2, 2))
+        gradient, = torch.autograd.grad((y * weight).sum(), x)
+        close(gradient, weight.view(2, 3, 2, 4, 2, 5).sum((2, 4)))
+
+
 # ---------------------------------------------------------------------------------------------------------- world model
 
 
@@ -829,7 +839,8 @@ def test_a_saved_replay_takes_the_space_of_what_it_holds_and_a_full_one_is_not_c
     torch.save(replay.state_dict(), tmp_path / "replay.pt")
     assert (tmp_path / "replay.pt").stat().st_size < 50_000
     full = integers(steps=33)
-    assert all(x.data_ptr() == full.data[k].data_ptr() for k, x in full.state_dict()["data"].items())
+    saved = full.state_dict()["data"]
+    assert all(x.data_ptr() == y.data_ptr() for k in saved for x, y in zip(saved[k], full.data[k], strict=True))
 
 
 def test_a_restored_replay_draws_what_the_saved_one_would_have_drawn_and_ends_the_broken_episodes(tmp_path):
@@ -1123,7 +1134,8 @@ def test_updates_on_the_gpu_give_the_losses_of_the_cpu(precision):
     for name in ("rec", "rew", "con", "dyn", "rep", "value", "repval"):
         rtol, atol = (1e-3, 1e-3) if precision == "float32" else (0.1, 0.02)
         close(losses[1][f"losses/{name}"], losses[0][f"losses/{name}"], rtol, atol)
-    Loop(gpu, Random).fill(12).step(updates=2)
+    Loop(gpu, Random).fill(20).step(updates=2)
+    assert gpu.optimizer.param_groups[0]["updates"] == 2
     assert all(p.is_cuda and p.isfinite().all() for p in gpu.parameters())
 
 
@@ -1228,7 +1240,10 @@ def act_on(value, space=VECTOR):
         lambda: D.Args.preset("CartPole-v1", num_envs=1, buffer_size=250).check(), "batch_size 16.*250 to 257"),
     "dreams from one step": (lambda: make_agent(imag_last=1), "imag_last 1 "),
     "dreams from fewer than no steps": (lambda: make_agent(imag_last=-1), "imag_last -1 "),
-    "less than no threads": (lambda: make_agent(threads=-1), "threads -1 "),
+    **{f"{name} {value}": (lambda name=name, value=value: make_agent(**{name: value}), f"{name} {value} ")
+       for name, value in dict(threads=-1, learning_rate=-1.0, gamma=1.5, return_lambda=3.0, tau=7.0, agc=0.0,
+                               free_nats=-1.0, train_ratio=float("nan"), eval_every=-5, seed=-1, batch_length=1).items()},
+    "to resume and to evaluate at once": (lambda: make_agent(resume="a", evaluate="b"), "resume 'a'.*evaluate 'b'"),
     "a replay on a GPU that is not used": (lambda: make_agent(buffer_device="cuda"), "buffer_device 'cuda'"),
     "an environment that does not render": (
         lambda: D.make_env("test/Lengths-v0", 0, False, "", pixels=True)(), "cannot be rendered"),
@@ -1326,7 +1341,7 @@ def test_two_processes_learn_what_one_learns_from_both_their_batches_and_stay_id
 def train_and_resume_in_two_processes(script, folder, *flags):
     """Yields the folder and the steps of a run under torchrun, first of 120 steps, then resumed up to 160."""
     flags = ["--size", "1m", "--num-envs", "2", "--batch-size", "2", "--batch-length", "8", "--eval-episodes", "2",
-             "--threads", "1", "--no-cuda", "--video-every", "0", *flags]
+             "--threads", "1", "--no-cuda", "--no-compile", "--video-every", "0", *flags]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script, *flags]
     for steps in (120, 160):
         done = subprocess.run([*torchrun, "--total-timesteps", str(steps)], capture_output=True, text=True, timeout=170)
@@ -1343,7 +1358,7 @@ def test_torchrun_spreads_a_run_over_processes_and_only_as_many_resume_it(folder
     for run, steps in train_and_resume_in_two_processes(D.__file__, folder, *flags):
         replays = [D.load_file(run, name) for name in ("replay.pt", "replay1.pt")]
         assert [r["count"] for r in replays] == [steps // 4] * 2
-        assert not torch.equal(*(r["data"]["obs/obs"] for r in replays))
+        assert not torch.equal(*(torch.stack(r["data"]["obs/obs"]) for r in replays))
     with pytest.raises(D.InputError, match="2 processes"):
         D.main(D.parse_args(["--resume", str(run), "--total-timesteps", "200"]))
 
@@ -1360,15 +1375,31 @@ def test_compiled_updates_are_the_eager_ones():
         close(b, a, rtol=1e-3, atol=1e-3)
 
 
+Nothing = type("Nothing", (), dict.fromkeys(("__init__", "wait_stream", "replay"), lambda *_: None))
+
+
+def test_an_agent_saved_on_another_device_is_restored_but_for_its_generators():
+    saved, agent = make_agent(perturb=0.1).state_dict(), make_agent(seed=7)
+    state = agent.act_rng.get_state()
+    saved["_extra_state"]["act_rng"] = torch.zeros(16, dtype=torch.uint8)  # so long is that of a GPU's generator
+    agent.load_state_dict(saved)
+    assert torch.equal(agent.actor.outputs[0][0].weight, saved["actor.outputs.0.0.weight"])
+    assert torch.equal(agent.act_rng.get_state(), state)
+
+
+def stand_in_for_graphs(monkeypatch, graph):
+    """Lets `Captured` work without a GPU; `graph` takes the place of the context in which it records."""
+    for name, value in dict(graph=graph, CUDAGraph=Nothing, Stream=Nothing, current_stream=Nothing,
+                            stream=lambda _: contextlib.nullcontext()).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+
 def test_a_function_that_cannot_be_captured_is_run_as_it_is_with_one_warning(monkeypatch):
     class NoGraph:
         def __init__(self, graph):
             raise RuntimeError("operation not permitted")
 
-    Nothing = type("Nothing", (), {"__init__": lambda *_: None, "wait_stream": lambda *_: None})
-    for name, value in dict(graph=NoGraph, CUDAGraph=Nothing, Stream=Nothing, current_stream=Nothing,
-                            stream=lambda _: contextlib.nullcontext()).items():
-        monkeypatch.setattr(torch.cuda, name, value)
+    stand_in_for_graphs(monkeypatch, NoGraph)
     double = D.Captured(lambda tree, y: (2 * tree["x"], y + 1), on=True)
     with pytest.warns(UserWarning, match="not permitted") as warned:
         for i in range(5):
@@ -1377,13 +1408,34 @@ def test_a_function_that_cannot_be_captured_is_run_as_it_is_with_one_warning(mon
     assert len(warned) == 1
 
 
+def test_what_is_recorded_meets_the_tensors_that_it_was_warmed_up_with(monkeypatch):
+    """Or torch.compile, which looks at strides, would compile anew in the middle of the recording, and fail."""
+    stand_in_for_graphs(monkeypatch, lambda _: contextlib.nullcontext())
+    seen = []
+    function = D.Captured(lambda x: seen.append((x.data_ptr(), x.stride(), x.tolist())), on=True)
+    for i in range(3):
+        function(torch.arange(i, i + 6).view(2, 3)[:, 1:])  # a view, like what `prepare` makes
+    assert [x for *_, x in seen] == [[[i + 1, i + 2], [i + 4, i + 5]] for i in range(3)]
+    assert len({(address, stride) for address, stride, _ in seen}) == 1
+
+
+@slow
+def test_compiled_code_is_not_compiled_anew_when_it_is_recorded(monkeypatch):
+    agent = make_agent(perturb=0.1, compile=True, precision="bfloat16")
+    stand_in_for_graphs(monkeypatch, lambda _: torch.compiler.set_stance("fail_on_recompile"))
+    agent.fast_learn.on = True
+    for _ in range(3):
+        metrics = agent.update(batch_of(agent))
+    assert agent.fast_learn.on and all(x.isfinite() for x in metrics.values())
+
+
 @cuda
 def test_captured_updates_are_the_eager_ones_and_draw_new_noise_every_time():
     agents = [make_agent(perturb=0.1, cuda=True, compile=False, cuda_graph=on) for on in (False, True)]
     batch = {k: v.cpu() for k, v in batch_of(make_agent(perturb=0.1)).items()}
     for i in range(20):
         results = [agent.update(dict(batch)) for agent in agents]
-    assert next(iter(agents[1].fast_learn.graphs.values()))["graph"] is not None
+    assert agents[1].fast_learn.on and "outputs" in next(iter(agents[1].fast_learn.graphs.values()))
     for name in results[0]:
         close(results[1][name], results[0][name], rtol=1e-3, atol=1e-4)
     for a, b in zip(*(agent.parameters() for agent in agents)):
@@ -1391,6 +1443,17 @@ def test_captured_updates_are_the_eager_ones_and_draw_new_noise_every_time():
     obs = np.zeros((64, 3), np.float32)
     actions = [agents[1].act(obs, None, np.ones(64, bool))[0] for _ in range(8)]
     assert len({a.tobytes() for a in actions}) == 8
+
+
+@cuda
+@pytest.mark.parametrize("pixels", [False, True])
+def test_compiled_updates_are_recorded_as_graphs_with_the_defaults_of_a_gpu(pixels):
+    space = Box(0, 255, (48, 48, 3), np.uint8) if pixels else VECTOR
+    agent = make_agent(space, cuda=True, compile=True, precision="bfloat16")
+    for _ in range(4):
+        metrics = agent.update(batch_of(make_agent(space), observations=space))
+    assert agent.fast_learn.on and "outputs" in next(iter(agent.fast_learn.graphs.values()))
+    assert all(x.isfinite() for x in metrics.values())
 
 
 @cuda
@@ -1478,6 +1541,16 @@ def test_the_main_loop_aligns_observation_reward_flags_and_previous_action(folde
     monkeypatch.setattr(D.Dreamer, "update", check)
     D.main(run_args(env_id="test/Echo-v0", train_ratio=8))
     assert len(checked) > 15 and sum(checked) > 50
+
+
+def test_two_runs_that_begin_in_the_same_second_do_not_share_a_folder(folder, monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(D.time, "time", lambda: 1 + 1e-6 * next(ticks))
+    D.main(run_args(total_timesteps=8, log_every=1000))
+    with pytest.raises(D.InputError, match="another run's"):
+        D.main(run_args(total_timesteps=8, log_every=1000))
+    D.main(run_args(total_timesteps=8, exp_name="other"))
+    assert len(list((folder / "runs").iterdir())) == 2
 
 
 def test_an_interrupted_run_saves_and_can_be_resumed(folder, monkeypatch):
@@ -1587,7 +1660,7 @@ def command(*flags):
 
 def test_the_command_line_trains_and_writes_a_summary(folder):
     done = command("--size", "1m", "--total-timesteps", "120", "--num-envs", "2", "--batch-size", "2",
-                   "--batch-length", "16", "--train-ratio", "4", "--eval-episodes", "2", "--threads", "1", "--no-cuda")
+                   "--batch-length", "16", "--train-ratio", "4", "--eval-episodes", "2", "--threads", "1", "--no-cuda", "--no-compile")
     assert done.returncode == 0, done.stderr
     summary, = (folder / "runs").glob("CartPole-v1__dreamer__1__*/summary.json")
     summary = json.loads(summary.read_text())
@@ -1641,7 +1714,7 @@ def make_team(observations=VECTOR, actions=CHOICE, seats=3, seed=1, perturb=0.0,
     agent = M.Dreamer(observations, actions, M.Args(seed=seed, **team_values(**values)), seats)
     with torch.no_grad():
         for p in agent.parameters():
-            p.add_(perturb * torch.randn(p.shape))
+            p.add_(perturb * torch.randn(p.shape).to(p.device))
     return agent
 
 
@@ -2629,7 +2702,7 @@ def test_captured_updates_of_teams_are_the_eager_ones_and_a_run_with_a_pool_ends
     batch["valid"][1, 4:7] = False
     for _ in range(20):
         results = [agent.update(dict(batch)) for agent in agents]
-    assert next(iter(agents[1].fast_learn.graphs.values()))["graph"] is not None
+    assert agents[1].fast_learn.on and "outputs" in next(iter(agents[1].fast_learn.graphs.values()))
     for name in results[0]:
         close(results[1][name], results[0][name], rtol=1e-3, atol=1e-4)
     assert M.main(team_args(partners="pool", pool_every=40, cuda=True))["global_step"] == 160
@@ -2698,7 +2771,8 @@ def test_the_command_line_answers_a_wrong_game_in_one_sentence_with_status_2_and
 @pytest.mark.parametrize("values,named", [
     (dict(env_id="no_such_module.env_v0"), "no_such_module"), (dict(env_id="json"), "parallel_env"),
     (dict(epsilon=1.5), "epsilon 1.5"), (dict(q=-0.1), "q -0.1"), (dict(team_latents=6), "team_latents 6"),
-    (dict(pool_size=2), "pool_size 2"), (dict(partners="self", scripted=("0",)), "scripted"),
+    (dict(pool_size=2), "pool_size 2"), (dict(env_kwargs='{"epsilon": 5}'), "epsilon 5"), (dict(env_id=""), "no game"),
+    (dict(env_id="hidden_match/x"), "hidden_match/x"), (dict(tom_scale=-1.0), "tom_scale -1"), (dict(partners="self", scripted=("0",)), "scripted"),
     (dict(scripted=("7",)), "'7'"), (dict(held_out=("nobody",)), "nobody"), (dict(env_kwargs="{"), "env_kwargs"),
     (dict(env_kwargs="[1]"), "JSON object"), (dict(env_kwargs='{"colour": 1}'), "colour"),
     (dict(capture_video=True), "hidden_match draws no frames"),
@@ -2738,8 +2812,9 @@ def test_self_play_in_mpe2_trains_on_the_streams_of_all_seats(folder, kwargs, se
     run, = (folder / "runs").iterdir()
     replay = M.load_file(run, "replay.pt")
     assert summary["updates"] > 0 and len(replay["data"]["reward"]) == 2 * seats
-    assert replay["data"]["teammates"].shape[2] == seats - 1
-    assert replay["data"]["is_last"].any() and not replay["data"]["is_terminal"].any()  # 25 steps, then truncated
+    assert replay["data"]["teammates"][0].shape[1] == seats - 1
+    ends = {k: torch.stack(replay["data"][k]).any() for k in ("is_last", "is_terminal")}
+    assert ends["is_last"] and not ends["is_terminal"]  # 25 steps, then truncated
 
 
 def test_overcooked_pays_shaping_that_fades_and_its_greedy_partner_delivers_soup():
