@@ -22,6 +22,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -36,7 +37,7 @@ OBSERVATIONS = {"vector": gym.spaces.Box(-np.inf, np.inf, (24,), np.float32),
 class Options:
     sizes: tuple[str, ...] = ()  # sizes to time; none: 1m and 12m, and on CUDA 25m, 50m and 200m as well
     observations: tuple[str, ...] = ("vector", "image")  # kinds of observation
-    modes: tuple[str, ...] = ()  # of eager, compiled, captured; none: those that the device has
+    modes: tuple[str, ...] = ()  # of eager, captured (which compiles as well), compiled; none: those of the device
     repeats: int = 7  # timed updates of every mode, or 3 and as many as fit into so many
     seconds: float = 30.0
     threads: int = 2  # CPU threads
@@ -88,21 +89,20 @@ def count_flops(update) -> int:
     return counter.get_total_flops()
 
 
-def count_kernels(update) -> int:
+def count_kernels(update, cuda: bool) -> int:
     """Kernels of an update on CUDA; on the CPU its innermost operators, or the loops that they were fused to."""
-    cuda = torch.cuda.is_available()
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as trace:
         update()
         synchronize()
     events = trace.events()
     innermost = [e for e in events if ("aten::" in e.name or "fused" in e.name) and not e.cpu_children]
-    return len(events) if cuda else len(innermost)
+    return sum(e.device_type == DeviceType.CUDA for e in events) if cuda else len(innermost)
 
 
 def time_updates(options: Options, size: str, kind: str, modes: tuple[str, ...], peak: dict) -> list[dict]:
-    agents, rows, first = {}, [], {}
+    agents, rows, first, peaks = {}, [], {}, {}
+    torch._dynamo.reset()
     for mode in modes:
-        torch._dynamo.reset()
         args = D.Args(size=size, batch_size=options.batch_size, batch_length=options.batch_length, cuda=options.cuda,
                       compile=mode != "eager", cuda_graph=mode == "captured")
         agents[mode] = D.Dreamer(OBSERVATIONS[kind], gym.spaces.Box(-1, 1, (6,)), args)
@@ -111,13 +111,15 @@ def time_updates(options: Options, size: str, kind: str, modes: tuple[str, ...],
             torch.cuda.reset_peak_memory_stats()
         warm = 3 if mode == "captured" else 1  # the third one captures
         first[mode] = sum(timed(lambda: agents[mode].update(dict(batch))) for _ in range(warm))
+        peaks[mode] = memory(agents[mode].device)  # with the weights of the modes before it
     times = {mode: [] for mode in modes}
     for i in range(options.repeats):
         if i >= 3 and sum(map(sum, times.values())) > options.seconds:
             break
         for mode, agent in agents.items():
             times[mode].append(timed(lambda: agent.update(dict(batch))))
-    kernels = {mode: count_kernels(lambda: agent.update(dict(batch))) for mode, agent in agents.items()}
+    kernels = {mode: count_kernels(lambda: agent.update(dict(batch)), agent.device.type == "cuda")
+               for mode, agent in agents.items()}
     eager = D.Dreamer(OBSERVATIONS[kind], gym.spaces.Box(-1, 1, (6,)), dataclasses.replace(
         agents[modes[0]].args, compile=False, cuda_graph=False))
     flops = count_flops(lambda: eager.update(dict(batch)))
@@ -132,11 +134,12 @@ def time_updates(options: Options, size: str, kind: str, modes: tuple[str, ...],
                 _, state = agent.act(x, state, np.zeros(n, bool))
                 spans.append(time.perf_counter() - start)
             acting[n] = 1e3 * float(np.median(spans[5:]))
+        label = mode if mode != "captured" or agent.fast_learn.on else "not captured"
         rows.append(dict(
-            size=size, observation=kind, mode=mode, dtype=str(agent.compute_dtype).removeprefix("torch."),
+            size=size, observation=kind, mode=label, dtype=str(agent.compute_dtype).removeprefix("torch."),
             update_ms=1e3 * median, spread_ms=1e3 * (high - low) / 2, first_updates_s=first[mode], gflop=flops / 1e9,
             ideal_ms=1e3 * flops / peak[agent.compute_dtype], times_ideal=median * peak[agent.compute_dtype] / flops,
-            kernels=kernels[mode], act_1_ms=acting[1], act_16_ms=acting[16], peak_memory_mib=memory(agent.device)))
+            kernels=kernels[mode], act_1_ms=acting[1], act_16_ms=acting[16], peak_memory_mib=peaks[mode]))
         print("| " + " | ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in rows[-1].values()) + " |",
               flush=True)
     return rows
@@ -170,7 +173,7 @@ def main(options: Options) -> None:
     cuda = options.cuda and torch.cuda.is_available()
     device, dtypes = torch.device("cuda" if cuda else "cpu"), (torch.bfloat16,) if cuda else (torch.float32,)
     sizes = options.sizes or (("1m", "12m", "25m", "50m", "200m") if cuda else ("1m", "12m"))
-    modes = options.modes or (("eager", "compiled", "captured") if cuda else ("eager", "compiled"))
+    modes = options.modes or (("eager", "captured", "compiled") if cuda else ("eager", "compiled"))
     peak = {dtype: peak_flops(device, dtype) for dtype in dtypes}
     model = next((line.split(": ")[1] for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
     about = dict(device=torch.cuda.get_device_name() if cuda else model.strip() or platform.processor(),
