@@ -1,10 +1,11 @@
 """Draws recorded curves (needs matplotlib): each argument is a label and its seeds' CSV files, or a label and a level.
 
-    python benchmark/plot.py --out benchmark/cartpole.png --bins 30 --steps 24000 "return=benchmark/cartpole/seed1.csv"
-    python benchmark/plot.py --out arms.png --bins 40 --steps 20000 "ToM=tom1.csv,tom2.csv" "plain=none1.csv" "Bayes=6.73"
+    python benchmark/plot.py --out cartpole.png --bins 30 --steps 24000 "return=benchmark/cartpole/seed1.csv"
+    python benchmark/plot.py --out arms.png --bins 40 --steps 20000 "ToM=tom1.csv,tom2.csv" "plain=no1.csv" "Bayes=6.73"
+    python benchmark/plot.py --out dmc.png --bins 3 --steps 30000 --repeat 2 "ours=s1.csv" "official=official.csv:TASK"
 
 Line: the mean over seeds of the values of a tag, each first averaged over equal stretches of the run; shade: from the
-lowest seed to the highest.
+lowest seed to the highest. file.csv:TASK is a task of a file of official curves (task, seed, frame, return).
 """
 import argparse
 import csv
@@ -21,13 +22,24 @@ parser.add_argument("--out", required=True, help="the picture to write")
 parser.add_argument("--tag", default="charts/episodic_return", help="which scalar")
 parser.add_argument("--bins", type=int, default=0, help="stretches to average over; 0: every value as it is")
 parser.add_argument("--steps", type=int, default=0, help="length of the runs, where stretches must be the same")
+parser.add_argument("--repeat", type=int, default=1, help="frames of a step of ours, where frames are to be compared")
 parser.add_argument("--title", default="", help="what it shows")
 args = parser.parse_args()
 
 
-def read(path: str) -> tuple[np.ndarray, np.ndarray]:
+def load(source: str) -> list[list[tuple[int, float]]]:
+    """(step, value) of every seed in a file: one in ours, several in an official one."""
+    path, _, task = source.partition(":")
     with open(path) as file:
-        rows = [(int(r["step"]), float(r["value"])) for r in csv.DictReader(file) if r["tag"] == args.tag]
+        rows = list(csv.DictReader(file))
+    if not task:
+        return [[(int(r["step"]) * args.repeat, float(r["value"])) for r in rows if r["tag"] == args.tag]]
+    rows = [r for r in rows if r["task"] == task and float(r["frame"]) <= (args.steps or float("inf"))]
+    return [[(int(r["frame"]), float(r["return"])) for r in rows if r["seed"] == seed]
+            for seed in sorted({r["seed"] for r in rows})]
+
+
+def average(rows: list[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
     steps, values = map(np.array, zip(*rows))
     if not args.bins:
         return steps, values
@@ -40,18 +52,19 @@ def read(path: str) -> tuple[np.ndarray, np.ndarray]:
 figure, axes = plt.subplots(figsize=(7, 3.5))
 for curve in args.curves:
     label, _, source = curve.rpartition("=")
-    if not source.endswith(".csv"):
+    if ".csv" not in source:
         axes.axhline(float(source), color="gray", linestyle="--", linewidth=1)
-        axes.annotate(label, (1, float(source)), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="gray")
+        axes.annotate(label, (1, float(source)), xycoords=("axes fraction", "data"), ha="right", va="bottom",
+                      color="gray")
         continue
-    seeds = [read(path) for path in source.split(",")]
+    seeds = [average(rows) for part in source.split(",") for rows in load(part)]
     shared = min(len(steps) for steps, _ in seeds)
     values = np.array([v[:shared] for _, v in seeds])
     x = seeds[0][0][:shared]
     line, = axes.plot(x, np.nanmean(values, 0), label=label)
     if len(seeds) > 1:
         axes.fill_between(x, np.nanmin(values, 0), np.nanmax(values, 0), color=line.get_color(), alpha=0.2, linewidth=0)
-axes.set(xlabel="environment steps", ylabel=args.tag, title=args.title)
+axes.set(xlabel="frames" if args.repeat > 1 else "environment steps", ylabel=args.tag, title=args.title)
 axes.legend(frameon=False)
 axes.spines[["top", "right"]].set_visible(False)
 figure.tight_layout()
