@@ -45,8 +45,8 @@ def average(rows: list[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
         return steps, values
     edges = np.linspace(0, args.steps or steps.max(), args.bins + 1)
     place = np.clip(np.searchsorted(edges, steps), 1, args.bins) - 1
-    means = [values[place == i].mean() if (place == i).any() else np.nan for i in range(args.bins)]
-    return (edges[1:] + edges[:-1]) / 2, np.array(means)
+    return tuple(np.array([x[place == i].mean() if (place == i).any() else np.nan for i in range(args.bins)])
+                 for x in (steps, values))
 
 
 figure, axes = plt.subplots(figsize=(7, 3.5))
@@ -59,9 +59,10 @@ for curve in args.curves:
         continue
     seeds = [average(rows) for part in source.split(",") for rows in load(part)]
     shared = min(len(steps) for steps, _ in seeds)
-    values = np.array([v[:shared] for _, v in seeds])
-    x = seeds[0][0][:shared]
-    line, = axes.plot(x, np.nanmean(values, 0), label=label)
+    steps, values = (np.array([x[:shared] for x in part]) for part in zip(*seeds))
+    met = ~np.isnan(values).all(0)  # stretches in which some seed has a value
+    x, values = np.nanmean(steps[:, met], 0), values[:, met]
+    line, = axes.plot(x, np.nanmean(values, 0), marker="." if len(x) < 10 else "", label=label)
     if len(seeds) > 1:
         axes.fill_between(x, np.nanmin(values, 0), np.nanmax(values, 0), color=line.get_color(), alpha=0.2, linewidth=0)
 axes.set(xlabel="frames" if args.repeat > 1 else "environment steps", ylabel=args.tag, title=args.title)

@@ -2,9 +2,9 @@
 
 Prints a table and writes benchmark/speed_<device>.json. The yardstick that holds on any machine is "× ideal": the time
 of an update divided by (its floating-point operations ÷ the machine's peak), where the peak is that of a large matrix
-product in the same process, number format and number of threads, the fastest of the whole run. Eager, compiled and
-captured updates take turns, so that a busy machine slows all of them; what is printed is the median, and half of the
-range between the quartiles. FLOPs are those of matrix products and convolutions, counted by torch.utils.flop_counter.
+product in the same process, number format and number of threads. Eager, compiled and captured updates and the products
+take turns, so that a busy machine slows all of them; what is printed is the median, and half of the range between the
+quartiles. FLOPs are those of matrix products and convolutions, counted by torch.utils.flop_counter.
 """
 import dataclasses
 import datetime
@@ -62,11 +62,11 @@ def timed(function) -> float:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of the best of ten large square matrix products."""
+    """Operations a second of the best of five large square matrix products."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     a @ b
-    return 2 * n**3 / min(timed(lambda: a @ b) for _ in range(10))
+    return 2 * n**3 / min(timed(lambda: a @ b) for _ in range(5))
 
 
 def random_batch(agent: D.Dreamer) -> dict[str, torch.Tensor]:
@@ -99,7 +99,7 @@ def count_kernels(update, cuda: bool) -> int:
     return sum(e.device_type == DeviceType.CUDA for e in events) if cuda else len(innermost)
 
 
-def time_updates(options: Options, size: str, kind: str, modes: tuple[str, ...], peak: dict) -> list[dict]:
+def time_updates(options: Options, size: str, kind: str, modes: tuple[str, ...]) -> list[dict]:
     agents, rows, first, peaks = {}, [], {}, {}
     torch._dynamo.reset()
     for mode in modes:
@@ -112,17 +112,19 @@ def time_updates(options: Options, size: str, kind: str, modes: tuple[str, ...],
         warm = 3 if mode == "captured" else 1  # the third one captures
         first[mode] = sum(timed(lambda: agents[mode].update(dict(batch))) for _ in range(warm))
         peaks[mode] = memory(agents[mode].device)  # with the weights of the modes before it
-    times = {mode: [] for mode in modes}
+    times, products = {mode: [] for mode in modes}, []
     for i in range(options.repeats):
         if i >= 3 and sum(map(sum, times.values())) > options.seconds:
             break
         for mode, agent in agents.items():
             times[mode].append(timed(lambda: agent.update(dict(batch))))
+        products.append(peak_flops(agent.device, agent.compute_dtype))
     kernels = {mode: count_kernels(lambda: agent.update(dict(batch)), agent.device.type == "cuda")
                for mode, agent in agents.items()}
     eager = D.Dreamer(OBSERVATIONS[kind], gym.spaces.Box(-1, 1, (6,)), dataclasses.replace(
         agents[modes[0]].args, compile=False, cuda_graph=False))
     flops = count_flops(lambda: eager.update(dict(batch)))
+    peak = float(np.median(products))
     for mode, agent in agents.items():
         low, median, high = np.percentile(times[mode], (25, 50, 75))
         obs = {n: np.zeros((n, *OBSERVATIONS[kind].shape), OBSERVATIONS[kind].dtype) for n in (1, 16)}
@@ -138,7 +140,7 @@ def time_updates(options: Options, size: str, kind: str, modes: tuple[str, ...],
         rows.append(dict(
             size=size, observation=kind, mode=label, dtype=str(agent.compute_dtype).removeprefix("torch."),
             update_ms=1e3 * median, spread_ms=1e3 * (high - low) / 2, first_updates_s=first[mode], gflop=flops / 1e9,
-            ideal_ms=1e3 * flops / peak[agent.compute_dtype], times_ideal=median * peak[agent.compute_dtype] / flops,
+            peak_gflops=peak / 1e9, ideal_ms=1e3 * flops / peak, times_ideal=median * peak / flops,
             kernels=kernels[mode], act_1_ms=acting[1], act_16_ms=acting[16], peak_memory_mib=peaks[mode]))
         print("| " + " | ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in rows[-1].values()) + " |",
               flush=True)
@@ -171,36 +173,28 @@ def end_to_end(options: Options) -> list[dict]:
 def main(options: Options) -> None:
     torch.set_num_threads(options.threads)
     cuda = options.cuda and torch.cuda.is_available()
-    device, dtypes = torch.device("cuda" if cuda else "cpu"), (torch.bfloat16,) if cuda else (torch.float32,)
+    device = "cuda" if cuda else "cpu"
     sizes = options.sizes or (("1m", "12m", "25m", "50m", "200m") if cuda else ("1m", "12m"))
     modes = options.modes or (("eager", "captured", "compiled") if cuda else ("eager", "compiled"))
-    peak = {dtype: peak_flops(device, dtype) for dtype in dtypes}
     model = next((line.split(": ")[1] for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
     about = dict(device=torch.cuda.get_device_name() if cuda else model.strip() or platform.processor(),
                  threads=options.threads, date=datetime.date.today().isoformat(), batch=[options.batch_size,
-                 options.batch_length], peak_gflops={str(k): v / 1e9 for k, v in peak.items()},
-                 load_at_start=os.getloadavg()[0],
+                 options.batch_length], load_at_start=os.getloadavg()[0],
                  versions={"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__})
     print(about)
-    print("| size | observation | mode | dtype | update ms | ± | first updates s | GFLOP | ideal ms | × ideal "
-          "| kernels | act 1 ms | act 16 ms | peak MiB |\n|" + "-|" * 14)
-    path, rows = Path(options.out or Path(__file__).parent / f"speed_{device.type}.json"), []
+    print("| size | observation | mode | dtype | update ms | ± | first updates s | GFLOP "
+          "| peak GFLOP/s | ideal ms | × ideal | kernels | act 1 ms | act 16 ms | peak MiB |\n|" + "-|" * 15)
+    path, rows = Path(options.out or Path(__file__).parent / f"speed_{device}.json"), []
 
     def write(runs: list) -> None:
-        for row in rows:  # by the fastest product of the whole run
-            row["ideal_ms"] = 1e12 * row["gflop"] / peak[getattr(torch, row["dtype"])]
-            row["times_ideal"] = row["update_ms"] / row["ideal_ms"]
-        about["peak_gflops"] = {str(k): v / 1e9 for k, v in peak.items()}
         path.write_text(json.dumps({**about, "updates": rows, "runs": runs}, indent=1) + "\n")
 
     for size in sizes:
         for kind in options.observations:
             if cuda or options.sizes or (size, kind) != ("12m", "image"):  # over ten seconds an update
-                rows += time_updates(options, size, kind, modes, peak)
-                peak |= {dtype: max(best, peak_flops(device, dtype)) for dtype, best in peak.items()}
+                rows += time_updates(options, size, kind, modes)
                 write([])
     write(end_to_end(options) if options.end_to_end else [])
-    print(*(f"{r['size']} {r['observation']} {r['mode']}: {r['times_ideal']:.2f} × ideal" for r in rows), sep="\n")
     print(f"written to {path}")
 
 
