@@ -647,7 +647,7 @@ class Conv(nn.Module):
 
 def upsample(x: torch.Tensor) -> torch.Tensor:
     """(N, H, W, C) → (N, 2H, 2W, C): every pixel becomes 2×2."""
-    if torch.compiler.is_compiling():  # the compiler adds the gradients of interpolate one by one, those of views at once
+    if torch.compiler.is_compiling():  # it would add the gradients of interpolate one by one, those of views at once
         return x[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1).flatten(3, 4).flatten(1, 2)
     return F.interpolate(x.permute(0, 3, 1, 2), scale_factor=2, mode="nearest").permute(0, 2, 3, 1)
 
@@ -1463,7 +1463,7 @@ def main(args: Args) -> dict[str, Any]:
             action, state = agent.act(obs, state, arrived["is_first"])
             # 2. store what arrived and what was chosen
             buffer.add({k: arrived[k] if k in arrived else state[k] for k in buffer.data})
-            # 3. step: workers do so during the updates, and so does this process while a GPU with the replay computes them
+            # 3. step: workers do so during the updates, as does this process while a GPU with the replay computes them
             if workers := isinstance(envs, gym.vector.AsyncVectorEnv):
                 envs.step_async(action)
             # 4. update train_ratio / (B·T) times for every environment step

@@ -1241,8 +1241,8 @@ def act_on(value, space=VECTOR):
     "dreams from one step": (lambda: make_agent(imag_last=1), "imag_last 1 "),
     "dreams from fewer than no steps": (lambda: make_agent(imag_last=-1), "imag_last -1 "),
     **{f"{name} {value}": (lambda name=name, value=value: make_agent(**{name: value}), f"{name} {value} ")
-       for name, value in dict(threads=-1, learning_rate=-1.0, gamma=1.5, return_lambda=3.0, tau=7.0, agc=0.0,
-                               free_nats=-1.0, train_ratio=float("nan"), eval_every=-5, seed=-1, batch_length=1).items()},
+       for name, value in dict(threads=-1, learning_rate=-1.0, gamma=1.5, return_lambda=3.0, tau=7.0, agc=0.0, seed=-1,
+                               free_nats=-1.0, train_ratio=float("nan"), eval_every=-5, batch_length=1).items()},
     "to resume and to evaluate at once": (lambda: make_agent(resume="a", evaluate="b"), "resume 'a'.*evaluate 'b'"),
     "a replay on a GPU that is not used": (lambda: make_agent(buffer_device="cuda"), "buffer_device 'cuda'"),
     "an environment that does not render": (
@@ -1660,7 +1660,8 @@ def command(*flags):
 
 def test_the_command_line_trains_and_writes_a_summary(folder):
     done = command("--size", "1m", "--total-timesteps", "120", "--num-envs", "2", "--batch-size", "2",
-                   "--batch-length", "16", "--train-ratio", "4", "--eval-episodes", "2", "--threads", "1", "--no-cuda", "--no-compile")
+                   "--batch-length", "16", "--train-ratio", "4", "--eval-episodes", "2", "--threads", "1", "--no-cuda",
+                   "--no-compile")
     assert done.returncode == 0, done.stderr
     summary, = (folder / "runs").glob("CartPole-v1__dreamer__1__*/summary.json")
     summary = json.loads(summary.read_text())
@@ -2772,7 +2773,8 @@ def test_the_command_line_answers_a_wrong_game_in_one_sentence_with_status_2_and
     (dict(env_id="no_such_module.env_v0"), "no_such_module"), (dict(env_id="json"), "parallel_env"),
     (dict(epsilon=1.5), "epsilon 1.5"), (dict(q=-0.1), "q -0.1"), (dict(team_latents=6), "team_latents 6"),
     (dict(pool_size=2), "pool_size 2"), (dict(env_kwargs='{"epsilon": 5}'), "epsilon 5"), (dict(env_id=""), "no game"),
-    (dict(env_id="hidden_match/x"), "hidden_match/x"), (dict(tom_scale=-1.0), "tom_scale -1"), (dict(partners="self", scripted=("0",)), "scripted"),
+    (dict(env_id="hidden_match/x"), "hidden_match/x"), (dict(tom_scale=-1.0), "tom_scale -1"),
+    (dict(partners="self", scripted=("0",)), "scripted"),
     (dict(scripted=("7",)), "'7'"), (dict(held_out=("nobody",)), "nobody"), (dict(env_kwargs="{"), "env_kwargs"),
     (dict(env_kwargs="[1]"), "JSON object"), (dict(env_kwargs='{"colour": 1}'), "colour"),
     (dict(capture_video=True), "hidden_match draws no frames"),

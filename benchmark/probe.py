@@ -1,9 +1,10 @@
 """What a trained agent's latents know of its partner in HiddenMatch: python benchmark/probe.py runs/RUN [runs/RUN …]
 
-Probe: a ridge regression reads the partner's favourite from z_env, z_team or h, fitted on half of the episodes and tested
-on the other half, steps 5 to 9. Open loop: three actions of the partner are seen; from the state then reached, the model
-dreams on with its ego's real actions and sampled teammates, and the probabilities of 16 dreams are averaged; the
-cross-entropy to what the partner really did k steps later, beside that of an ideal observer of the same three actions.
+Probe: a ridge regression reads the partner's favourite from z_env, z_team or h, fitted on half of the episodes and
+tested on the other half, steps 5 to 9. Open loop: three actions of the partner are seen; from the state then reached,
+the model dreams on with its ego's real actions and sampled teammates, and the probabilities of 16 dreams are averaged;
+the cross-entropy to what the partner really did k steps later, beside that of an ideal observer of the same three
+actions.
 """
 import contextlib
 import json
