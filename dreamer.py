@@ -462,8 +462,8 @@ class ReplayBuffer:
 
     def state_dict(self) -> dict[str, Any]:
         size = min(self.count, self.rows)
-        # row by row, and a full ring on the CPU is not copied at all, for there may be no room for that
-        return {"data": {k: [row[:size].to("cpu", copy=size < self.rows) for row in x] for k, x in self.data.items()},
+        # one environment after the other, and a full ring on the CPU not at all, for there may be no room for a copy
+        return {"data": {k: [env[:size].to("cpu", copy=size < self.rows) for env in x] for k, x in self.data.items()},
                 "count": self.count, "online": list(self.online), "rows": self.rows,
                 "generator": self.generator.get_state()}
 
@@ -474,9 +474,9 @@ class ReplayBuffer:
         if not fits or ours != saved:
             raise InputError("the saved replay has another layout: keep its env_id, size, num_envs and buffer_size, "
                              "and total_timesteps no smaller")
-        for name, rows in state["data"].items():
-            for row, saved_row in zip(self.data[name], rows):
-                row[: len(saved_row)] = saved_row
+        for name, value in state["data"].items():
+            for env, saved_env in zip(self.data[name], value):
+                env[: len(saved_env)] = saved_env
         self.count, self.online = state["count"], collections.deque(tuple(x) for x in state["online"])
         self.generator.set_state(state["generator"])
         if self.count:  # the environments start anew, so the streams break off here
@@ -1222,9 +1222,9 @@ class Dreamer(nn.Module):
                 self.optimizer.state[p][name].copy_(value)
         group["updates"].copy_(saved["param_groups"][0]["updates"])
         for name in ("act_rng", "learn_rng"):
-            rng, saved = getattr(self, name), state[name].cpu()
-            if len(saved) == len(rng.get_state()):  # a GPU's generator cannot go on where a CPU's stopped
-                rng.set_state(saved)
+            rng, rng_state = getattr(self, name), state[name].cpu()
+            if len(rng_state) == len(rng.get_state()):  # a GPU's generator cannot go on where a CPU's stopped
+                rng.set_state(rng_state)
 
 # --------------------------------------------------------------------------------- evaluation, pictures and checkpoints
 

@@ -1375,9 +1375,6 @@ def test_compiled_updates_are_the_eager_ones():
         close(b, a, rtol=1e-3, atol=1e-3)
 
 
-Nothing = type("Nothing", (), dict.fromkeys(("__init__", "wait_stream", "replay"), lambda *_: None))
-
-
 def test_an_agent_saved_on_another_device_is_restored_but_for_its_generators():
     saved, agent = make_agent(perturb=0.1).state_dict(), make_agent(seed=7)
     state = agent.act_rng.get_state()
@@ -1385,6 +1382,9 @@ def test_an_agent_saved_on_another_device_is_restored_but_for_its_generators():
     agent.load_state_dict(saved)
     assert torch.equal(agent.actor.outputs[0][0].weight, saved["actor.outputs.0.0.weight"])
     assert torch.equal(agent.act_rng.get_state(), state)
+
+
+Nothing = type("Nothing", (), dict.fromkeys(("__init__", "wait_stream", "replay"), lambda *_: None))
 
 
 def stand_in_for_graphs(monkeypatch, graph):

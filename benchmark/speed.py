@@ -100,7 +100,7 @@ def count_kernels(update, cuda: bool) -> int:
 
 
 def time_updates(options: Options, size: str, kind: str, modes: tuple[str, ...]) -> list[dict]:
-    agents, rows, first, peaks = {}, [], {}, {}
+    agents, rows, first, mebibytes = {}, [], {}, {}
     torch._dynamo.reset()
     for mode in modes:
         args = D.Args(size=size, batch_size=options.batch_size, batch_length=options.batch_length, cuda=options.cuda,
@@ -111,7 +111,7 @@ def time_updates(options: Options, size: str, kind: str, modes: tuple[str, ...])
             torch.cuda.reset_peak_memory_stats()
         warm = 3 if mode == "captured" else 1  # the third one captures
         first[mode] = sum(timed(lambda: agents[mode].update(dict(batch))) for _ in range(warm))
-        peaks[mode] = memory(agents[mode].device)  # with the weights of the modes before it
+        mebibytes[mode] = memory(agents[mode].device)  # with the weights of the modes before it
     times, products = {mode: [] for mode in modes}, []
     for i in range(options.repeats):
         if i >= 3 and sum(map(sum, times.values())) > options.seconds:
@@ -141,7 +141,7 @@ def time_updates(options: Options, size: str, kind: str, modes: tuple[str, ...])
             size=size, observation=kind, mode=label, dtype=str(agent.compute_dtype).removeprefix("torch."),
             update_ms=1e3 * median, spread_ms=1e3 * (high - low) / 2, first_updates_s=first[mode], gflop=flops / 1e9,
             peak_gflops=peak / 1e9, ideal_ms=1e3 * flops / peak, times_ideal=median * peak / flops,
-            kernels=kernels[mode], act_1_ms=acting[1], act_16_ms=acting[16], peak_memory_mib=peaks[mode]))
+            kernels=kernels[mode], act_1_ms=acting[1], act_16_ms=acting[16], peak_memory_mib=mebibytes[mode]))
         print("| " + " | ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in rows[-1].values()) + " |",
               flush=True)
     return rows
