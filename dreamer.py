@@ -1424,6 +1424,8 @@ def main(args: Args) -> dict[str, Any]:
         print(f"{run_dir}: {sum(p.numel() for p in agent.learned):,} parameters on {ranks} × {agent.device}; replay of "
               f"{capacity:,} steps on {buffer.device}, {buffer.bytes_per_step:,} bytes each, "
               f"{capacity * buffer.bytes_per_step / 2**30:.2f} GiB when full")
+    if ranks > 1:
+        dist.barrier()  # no process saves before the folder is there
 
     first_step, first_updates, credit, start = counters["global_step"], counters["updates"], 0.0, time.time()
     step, updates, finished, state = first_step, first_updates, False, None
