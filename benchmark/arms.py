@@ -18,7 +18,8 @@ for folder in sys.argv[1:]:
         continue
     args, tom = s["args"], s["eval_tom"]
     arm = args["teammate_model"] + "+stop-grad" * args["tom_stop_grad"] + "+oracle" * args["oracle"]
-    rows.append([args["env_id"], arm, args["q"], args["partners"], args["seed"], s["global_step"], s["updates"],
+    q = json.loads(args["env_kwargs"]).get("q", 0.0)
+    rows.append([args["env_id"], arm, q, args["partners"], args["seed"], s["global_step"], s["updates"],
                  round(s["seconds"]), len(s["eval_returns"]),
                  *(f"{s[f'eval_return_{k}']:.3f}" for k in ("mean", "std")),
                  *(f"{tom[k]:.4f}" if k in tom else "" for k in measures)])

@@ -18,14 +18,15 @@ import dreamer_marl as M  # noqa: E402
 
 run, episodes = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 400
 torch.set_num_threads(1)
-args = M.parse_args(["--evaluate", run, "--vectorization", "sync"])
+args = M.parse_args(["--evaluate", run, "--vectorization", "sync"], M.SocialArgs)
 observations, actions, seats, _ = M.seat_spaces(args)
-agent = M.Dreamer(observations, actions, args, seats)
+agent = M.SocialDreamer(observations, actions, args, seats)
 M.restore(agent, run)
 pool = M.make_pool(agent, args, run)
 ids = {"first": min(pool.members), "latest": pool.add(agent)}
-with contextlib.closing(M.make_vector_env(args, episodes, "")) as envs:
-    obs, _ = envs.reset(seed=args.seed + 10_000, options={"steps": np.inf})  # as M.evaluate does
+seeds = M.derive_seeds(args.seed, "evaluation", count=episodes)  # as M.evaluate does
+with contextlib.closing(M.make_vector_env(args, episodes, "", seeds)) as envs:
+    obs, _ = envs.reset(seed=seeds, options={"steps": np.inf})
     seat, names = obs["learner"], envs.envs[0].unwrapped.names
 results = []
 for who, number in ids.items():

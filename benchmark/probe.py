@@ -17,21 +17,23 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import dreamer_marl as M  # noqa: E402
 
-EPISODES, SEEN, DREAMS = 600, 3, 16
+EPISODES, SEEN, FORESEEN, DREAMS = 600, 3, 7, 16
 
 
 @torch.no_grad()
-def play(agent: M.Dreamer) -> dict[str, torch.Tensor]:
+def play(agent: M.SocialDreamer) -> dict[str, torch.Tensor]:
     """What happened in EPISODES episodes: name → (T, E, …)."""
-    table, steps, first = M.Table(agent, EPISODES), [], np.ones(EPISODES, bool)
-    with contextlib.closing(M.make_vector_env(agent.args, EPISODES, "")) as envs:
-        obs, _ = envs.reset(seed=agent.args.seed + 30_000)
-        for _ in range(10):
+    table, steps, first = M.Table(agent, EPISODES, purpose="probe"), [], np.ones(EPISODES, bool)
+    seeds, episode = M.derive_seeds(agent.args.seed, "probe", count=EPISODES), np.arange(EPISODES)
+    with contextlib.closing(M.make_vector_env(agent.args, EPISODES, "", seeds)) as envs:
+        obs, _ = envs.reset(seed=seeds)
+        for _ in range(SEEN + FORESEEN):
             joint, rows = table.act(obs, first)
-            steps.append({"deter": rows["deter"], "stoch": rows["onehot"], "own": rows["action"],
-                          "mate": torch.as_tensor(rows["teammates"])[:, 0],
-                          "type": torch.as_tensor(table.mates(obs["script"])[:, 0]),
-                          "bayes": torch.as_tensor(table.mates(obs["bayes"])[:, 0])})
+            mate = 1 - obs["learner"]
+            steps.append({"deter": table.state["deter"], "stoch": table.state["stoch"],
+                          "own": table.state["action"], "mate": torch.as_tensor(rows["teammates"])[:, 0],
+                          "type": torch.as_tensor(obs["script"][episode, mate]),
+                          "bayes": torch.as_tensor(obs["bayes"][episode, mate])})
             obs, *_ = envs.step(joint)
             first = np.zeros(EPISODES, bool)
     return {k: torch.stack([step[k] for step in steps]) for k in steps[0]}
@@ -47,34 +49,33 @@ def probe(x: torch.Tensor, types: torch.Tensor, ridge: float = 10.0) -> float:
 
 
 @torch.no_grad()
-def open_loop(agent: M.Dreamer, played: dict[str, torch.Tensor]) -> list[tuple[int, float, float]]:
+def open_loop(agent: M.SocialDreamer, played: dict[str, torch.Tensor]) -> list[tuple[int, float, float]]:
     """(k, cross-entropy, that of the ideal observer), nats a step."""
     rng, out = torch.Generator().manual_seed(0), []
-    deter, stoch = (played[k][SEEN].repeat_interleave(DREAMS, 0) for k in ("deter", "stoch"))
-    for k in range(7):
-        dist = agent.wm.teammates(deter, stoch)  # (E · DREAMS, 1, A)
-        chances = M.expected(dist)[:, 0].unflatten(0, (EPISODES, DREAMS)).mean(1)
+    state = {k: played[k][SEEN].repeat_interleave(DREAMS, 0) for k in ("deter", "stoch")}
+    for k in range(FORESEEN):
+        policy = agent.wm.teammates(state)  # (E · DREAMS, 1, A)
+        chances = M.expected(policy)[:, 0].unflatten(0, (EPISODES, DREAMS)).mean(1)
         real = played["mate"][SEEN + k]
         out.append((k, *(float(-(p * real).sum(-1).log().mean()) for p in (chances, played["bayes"][SEEN]))))
-        guess, own = dist.sample(torch.rand(len(deter), 1, 1, generator=rng)), played["own"][SEEN + k]
-        action = agent.wm.joint(own.repeat_interleave(DREAMS, 0), guess)
-        noise = torch.rand(len(deter), agent.size.latents, 1, generator=rng)
-        deter, stoch = agent.wm.rssm.img_step(deter, stoch, action, noise)
+        n = len(state["deter"])
+        guess, own = policy.sample(torch.rand(n, 1, 1, generator=rng)), played["own"][SEEN + k]
+        action = agent.wm.rssm.embed(agent.wm.joint(own.repeat_interleave(DREAMS, 0), guess))
+        state = agent.wm.rssm.img_step(state, action, torch.rand(n, agent.wm.size.latents, 1, generator=rng))
     return out
 
 
 torch.set_num_threads(1)
-results = []
 for run in sys.argv[1:]:
-    args = M.parse_args(["--evaluate", run, "--no-cuda", "--no-compile"])
+    args = M.parse_args(["--evaluate", run, "--no-cuda", "--no-compile"], M.SocialArgs)
     observations, actions, seats, _ = M.seat_spaces(args)
-    agent = M.Dreamer(observations, actions, args, seats)
+    agent = M.SocialDreamer(observations, actions, args, seats)
     M.restore(agent, run)
-    played, env = play(agent), agent.size.latents - args.team_latents
+    played, env = play(agent), agent.wm.size.latents - args.team_latents
     late = {k: x[5:] for k, x in played.items()}
     parts = {"z_env": late["stoch"][..., :env, :].flatten(2), "z_team": late["stoch"][..., env:, :].flatten(2),
              "h": late["deter"]}
-    results.append(dict(run=Path(run).name, arm=args.teammate_model, q=args.q, seed=args.seed,
-                        probe={k: probe(x, late["type"]) for k, x in parts.items()},
-                        open_loop=open_loop(agent, played)))
-    print(json.dumps(results[-1]), flush=True)
+    result = dict(run=Path(run).name, arm=args.teammate_model, env_kwargs=args.env_kwargs, seed=args.seed,
+                  probe={k: probe(x, late["type"]) for k, x in parts.items()},
+                  open_loop=open_loop(agent, played))
+    print(json.dumps(result), flush=True)

@@ -77,6 +77,11 @@ def random_batch(agent: D.Dreamer) -> dict[str, torch.Tensor]:
     return {k: x.to(agent.device) for k, x in batch.items()}
 
 
+def dtype_of(agent: D.Dreamer) -> torch.dtype:
+    """Number format of the updates' matrix products."""
+    return next(iter(agent.cast().values()), torch.empty(0)).dtype
+
+
 def memory(device: torch.device) -> float:
     """Peak MiB so far: of the GPU's allocator, or of this process."""
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -118,7 +123,7 @@ def time_updates(options: Options, size: str, kind: str, modes: tuple[str, ...])
             break
         for mode, agent in agents.items():
             times[mode].append(timed(lambda: agent.update(dict(batch))))
-        products.append(peak_flops(agent.device, agent.compute_dtype))
+        products.append(peak_flops(agent.device, dtype_of(agent)))
     kernels = {mode: count_kernels(lambda: agent.update(dict(batch)), agent.device.type == "cuda")
                for mode, agent in agents.items()}
     eager = D.Dreamer(OBSERVATIONS[kind], gym.spaces.Box(-1, 1, (6,)), dataclasses.replace(
@@ -136,9 +141,8 @@ def time_updates(options: Options, size: str, kind: str, modes: tuple[str, ...])
                 _, state = agent.act(x, state, np.zeros(n, bool))
                 spans.append(time.perf_counter() - start)
             acting[n] = 1e3 * float(np.median(spans[5:]))
-        label = mode if mode != "captured" or agent.fast_learn.on else "not captured"
         rows.append(dict(
-            size=size, observation=kind, mode=label, dtype=str(agent.compute_dtype).removeprefix("torch."),
+            size=size, observation=kind, mode=mode, dtype=str(dtype_of(agent)).removeprefix("torch."),
             update_ms=1e3 * median, spread_ms=1e3 * (high - low) / 2, first_updates_s=first[mode], gflop=flops / 1e9,
             peak_gflops=peak / 1e9, ideal_ms=1e3 * flops / peak, times_ideal=median * peak / flops,
             kernels=kernels[mode], act_1_ms=acting[1], act_16_ms=acting[16], peak_memory_mib=mebibytes[mode]))
