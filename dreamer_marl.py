@@ -66,7 +66,7 @@ import tyro
 from torch import Tensor, distributed
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-State = dict[str, Tensor]  # tensors by name, above all "deter" (…, D) and "stoch" (…, S, C)
+Tensors = dict[str, Tensor]  # by name; a state has "deter" (…, D) and "stoch" (…, S, C)
 
 class InputError(ValueError):
     """The user gave something unusable. The message says what it was, and what to do instead."""
@@ -402,7 +402,7 @@ class Encoder(nn.Module):
             self.norms = nn.ModuleList([RMSNorm(o) for o in channels[1:]])
             self.size += (specs[self.images[0]].shape[0] // 16) ** 2 * channels[-1]
 
-    def forward(self, obs: State, dtype: torch.dtype = torch.float32) -> Tensor:
+    def forward(self, obs: Tensors, dtype: torch.dtype = torch.float32) -> Tensor:
         tokens = []
         inputs = []
         for name in self.vectors:
@@ -442,7 +442,7 @@ class Decoder(nn.Module):
             self.convs = nn.ModuleList([Conv(i, o) for i, o in zip(channels, channels[1:])])
             self.norms = nn.ModuleList([RMSNorm(i) for i in channels[:-1]])
 
-    def forward(self, deter: Tensor, stoch: Tensor) -> State:
+    def forward(self, deter: Tensor, stoch: Tensor) -> Tensors:
         """(N, D), (N, S, C) → name → (N, H, W, C), (N, n), or logits (N, sum of classes)."""
         recon = {}
         stoch = stoch.flatten(1)
@@ -458,7 +458,7 @@ class Decoder(nn.Module):
             recon |= dict(zip(self.images, x.float().sigmoid().split(self.widths, -1)))
         return recon
 
-    def loss(self, recon: State, obs: State) -> State:
+    def loss(self, recon: Tensors, obs: Tensors) -> Tensors:
         """name → loss (N,), summed over pixels, numbers or choices."""
         losses = {}
         for name, x in recon.items():
@@ -515,7 +515,7 @@ class RSSM(nn.Module):
         """The inverse of `pack`."""
         return F.one_hot(stored.long(), self.size.classes).float()
 
-    def initial(self, batch: int, device: torch.device | None = None) -> State:
+    def initial(self, batch: int, device: torch.device | None = None) -> Tensors:
         """Zeros, not learned: deter (B, D), stoch (B, S, C)."""
         return {"deter": torch.zeros(batch, self.size.deter, device=device),
                 "stoch": torch.zeros(batch, *self.stoch_shape, device=device)}
@@ -538,13 +538,14 @@ class RSSM(nn.Module):
     def logits(self, network: nn.Module, x: Tensor) -> Tensor:
         return network(x).unflatten(-1, self.logits_shape).float()
 
-    def img_step(self, state: State, action: Tensor, noise: Tensor | None) -> State:
+    def img_step(self, state: Tensors, action: Tensor, noise: Tensor | None) -> Tensors:
         """A dreamed step: state and embedded action at t-1, noise (B, S, 1) → state at t."""
         deter = self.sequence(state["deter"], state["stoch"], action)
         stoch = self.latent(self.logits(self.prior, deter)).sample(noise)
         return {"deter": deter, "stoch": stoch.to(deter.dtype)}
 
-    def obs_step(self, state: State, action: Tensor, tokens: Tensor, noise: Tensor | None) -> State:
+    def obs_step(self, state: Tensors, action: Tensor, tokens: Tensor,
+                 noise: Tensor | None) -> Tensors:
         """An observed step: state and embedded action at t-1, tokens (B, E) at t, noise (B, S, 1)
         → state at t, with the posterior's logits (B, S, C)."""
         deter = self.sequence(state["deter"], state["stoch"], action)
@@ -552,8 +553,8 @@ class RSSM(nn.Module):
         stoch = self.latent(logits).sample(noise)
         return {"deter": deter, "stoch": stoch.to(deter.dtype), "logits": logits}
 
-    def observe(self, state: State, tokens: Tensor, action: Tensor, is_first: Tensor,
-                noise: Tensor | None = None) -> State:
+    def observe(self, state: Tensors, tokens: Tensor, action: Tensor, is_first: Tensor,
+                noise: Tensor | None = None) -> Tensors:
         """Infers the states of a sequence from the state before it, tokens (B, T, E), the action
         before each step (B, T, A), is_first (B, T), and uniform noise (B, T, S, 1), None for modes.
         Returns deter (B, T, D), stoch (B, T, S, C) and posterior logits (B, T, S, C)."""
@@ -571,8 +572,8 @@ class RSSM(nn.Module):
             stoch = states[-1]["stoch"]
         return {name: torch.stack([s[name] for s in states], 1) for name in states[0]}
 
-    def imagine(self, state: State, policy: Callable[[State, int], Tensor], horizon: int,
-                noise: Tensor | None = None) -> tuple[State, Tensor]:
+    def imagine(self, state: Tensors, policy: Callable[[Tensors, int], Tensor], horizon: int,
+                noise: Tensor | None = None) -> tuple[Tensors, Tensor]:
         """Dreams from deter (N, D) and stoch (N, S, C): policy(state, t) gives the action (N, A) of
         step t; noise (N, H, S, 1) or None for modes. Returns the states (N, H + 1, …), the start in
         front, and the actions (N, H, A)."""
@@ -592,7 +593,7 @@ class RSSM(nn.Module):
         rep = self.latent(post).kl(self.latent(prior.detach())).sum(-1)
         return dyn.clamp(min=free), rep.clamp(min=free)
 
-def features(state: State) -> Tensor:
+def features(state: Tensors) -> Tensor:
     """What heads, actor and critic see: [h, flat z] (…, D + S·C)."""
     return torch.cat([state["deter"], state["stoch"].flatten(-2)], -1)
 
@@ -614,21 +615,21 @@ class WorldModel(nn.Module):
         self.reward = TwoHotHead(feat, units, layers=1)
         self.cont = MLP(feat, units, 1, outputs=1)
 
-    def encode(self, obs: State) -> Tensor:
+    def encode(self, obs: Tensors) -> Tensor:
         """name → (B, T, …) to tokens (B, T, E), in the number format of the weights."""
         shape = next(iter(obs.values())).shape[:2]
         flat = {name: x.flatten(0, 1) for name, x in obs.items()}  # (B·T, …)
         dtype = next(self.encoder.parameters()).dtype
         return self.encoder(flat, dtype).unflatten(0, shape)
 
-    def observe(self, data: dict[str, Any], noise: Tensor | None) -> State:
+    def observe(self, data: dict[str, Any], noise: Tensor | None) -> Tensors:
         """Posterior states (B, T, …) and tokens of a batch, as Dreamer.training_data makes it."""
         tokens = self.encode(data["obs"])
         states = self.rssm.observe(data["carry"], tokens, data["prev_action"], data["is_first"],
                                    noise)
         return states | {"tokens": tokens}
 
-    def losses(self, states: State, data: dict[str, Any]) -> tuple[State, State]:
+    def losses(self, states: Tensors, data: dict[str, Any]) -> tuple[Tensors, Tensors]:
         """Losses (B, T) of posterior states (B, T, …), and metrics ()."""
         args = self.args
         feat = features(states)
@@ -644,24 +645,24 @@ class WorldModel(nn.Module):
         logits = {"prior_entropy": prior, "posterior_entropy": states["logits"]}
         return losses, {k: self.rssm.latent(x).entropy().sum(-1).mean() for k, x in logits.items()}
 
-    def reconstruction(self, states: State, data: dict[str, Any]) -> State:
+    def reconstruction(self, states: Tensors, data: dict[str, Any]) -> Tensors:
         """The loss "rec" (B, T), summed over the keys."""
         recon = {name: x.flatten(0, 1) for name, x in self.decode(states).items()}
         obs = {name: x.flatten(0, 1) for name, x in data["obs"].items()}
         parts = self.decoder.loss(recon, obs)
         return {"rec": sum(parts.values()).unflatten(0, states["deter"].shape[:2])}
 
-    def extra_losses(self, states: State, data: dict[str, Any]) -> State:
+    def extra_losses(self, states: Tensors, data: dict[str, Any]) -> Tensors:
         """Further losses (B, T) or (), each weighted by the argument {name}_scale. None here."""
         return {}
 
-    def decode(self, states: State) -> State:
+    def decode(self, states: Tensors) -> Tensors:
         """Reconstructions (B, T, …) of states (B, T, …)."""
         recon = self.decoder(states["deter"].flatten(0, 1), states["stoch"].flatten(0, 1))
         return {name: x.unflatten(0, states["deter"].shape[:2]) for name, x in recon.items()}
 
     @torch.no_grad()
-    def open_loop(self, data: dict[str, Any], context: int, noise: Tensor) -> State:
+    def open_loop(self, data: dict[str, Any], context: int, noise: Tensor) -> Tensors:
         """Reconstructs `context` steps of (B, T), and predicts the others from actions alone."""
         states = self.observe(data, noise)
         last = {name: states[name][:, context - 1] for name in ("deter", "stoch")}
@@ -847,7 +848,7 @@ class ReturnNormalizer(nn.Module):
 
 def imagination_loss(policy: Joint, action: Tensor, critic: SymexpTwoHot, slow_value: Tensor,
                      reward: Tensor, cont: Tensor, retnorm: ReturnNormalizer, discount: float,
-                     lam: float, ent_coef: float) -> tuple[State, Tensor, State]:
+                     lam: float, ent_coef: float) -> tuple[Tensors, Tensor, Tensors]:
     """Losses of actor and critic in dreams (reference: imag_loss). policy, critic, slow_value,
     reward and cont are of all states (N, H + 1), action (N, H, A) is of all but the last. discount
     is 1 where cont holds it already. Only policy and critic carry gradients.
@@ -911,7 +912,7 @@ class LaProp(torch.optim.Optimizer):
                 self.state[p][name].copy_(value)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> State:
+    def step(self, closure: None = None) -> Tensors:
         """Updates every parameter that has a gradient. Returns norms of gradient and update ()."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -1011,17 +1012,18 @@ class Dreamer(nn.Module):
         action = self.actions.decode(new["action"].cpu().numpy())
         return action, new | {f"obs/{name}": x for name, x in encoded.items()}
 
-    def initial_state(self, n: int) -> State:
+    def initial_state(self, n: int) -> Tensors:
         """What `act` remembers before the first of `n` streams' steps: zeros."""
         action = torch.zeros(n, self.actions.size, device=self.device)
         return self.wm.rssm.initial(n, self.device) | {"action": action}
 
-    def acting_noise(self, n: int) -> State:
+    def acting_noise(self, n: int) -> Tensors:
         """Uniform numbers for one step of `n` streams."""
         return {"posterior": self.uniform(self.act_rng, n, 1, self.wm.rssm.stoch_shape[0], 1),
                 "action": self.uniform(self.act_rng, n, self.actions.noise_size)}
 
-    def choose(self, obs: State, state: State, is_first: Tensor, noise: dict[str, Any]) -> State:
+    def choose(self, obs: Tensors, state: Tensors, is_first: Tensor,
+               noise: dict[str, Any]) -> Tensors:
         """The part of `act` that is only tensors (N, …)."""
         tokens = self.wm.encode({name: x[:, None] for name, x in obs.items()})  # (N, 1, E)
         states = self.wm.rssm.observe(state, tokens, state["action"][:, None], is_first[:, None],
@@ -1029,7 +1031,7 @@ class Dreamer(nn.Module):
         new = {name: states[name][:, 0] for name in ("deter", "stoch")}
         return new | {"action": self.choose_action(new, noise["action"])}
 
-    def choose_action(self, state: State, noise: Tensor | None) -> Tensor:
+    def choose_action(self, state: Tensors, noise: Tensor | None) -> Tensor:
         """What to do in a state (N, …) of the real environment → (N, A)."""
         return self.actor(features(state)).sample(noise)
 
@@ -1037,7 +1039,7 @@ class Dreamer(nn.Module):
         """The agent's part of a replay step, from the state that `act` returned."""
         return state | {"stoch": self.wm.rssm.pack(state["stoch"])}
 
-    def update(self, batch: dict[str, Tensor]) -> tuple[State, State]:
+    def update(self, batch: dict[str, Tensor]) -> tuple[Tensors, Tensors]:
         """One optimizer step on a batch of ReplayBuffer.sample. Returns losses and diagnostics, 0-d
         tensors on the device, and the new latents (B, T, …) for ReplayBuffer.write_back."""
         data = self.training_data(batch)
@@ -1053,7 +1055,7 @@ class Dreamer(nn.Module):
                 "carry": {"deter": x["deter"][:, 0].float(),
                           "stoch": self.wm.rssm.unpack(x["stoch"][:, 0])}}
 
-    def learning_noise(self, data: dict[str, Any]) -> State:
+    def learning_noise(self, data: dict[str, Any]) -> Tensors:
         """Uniform numbers for one update: all randomness of `learn`, drawn ahead."""
         b, t = data["reward"].shape
         h = self.args.imagination_horizon
@@ -1063,7 +1065,7 @@ class Dreamer(nn.Module):
                 "prior": self.uniform(rng, b * t, h, latents, 1),
                 "action": self.uniform(rng, b * t, h, self.actions.noise_size)}
 
-    def learn(self, data: dict[str, Any], noise: State) -> tuple[State, State]:
+    def learn(self, data: dict[str, Any], noise: Tensors) -> tuple[Tensors, Tensors]:
         """The part of `update` that is only tensors, of shapes that do not change."""
         # `forward`, with weights in the number format of updates
         loss, metrics, latents = torch.func.functional_call(self, self.cast(), (data, noise))
@@ -1077,7 +1079,8 @@ class Dreamer(nn.Module):
             torch._foreach_lerp_(slow, fast, self.args.tau)
         return metrics | {f"diagnostics/{name}": x for name, x in norms.items()}, latents
 
-    def forward(self, data: dict[str, Any], noise: dict[str, Any]) -> tuple[Tensor, State, State]:
+    def forward(self, data: dict[str, Any],
+                noise: dict[str, Any]) -> tuple[Tensor, Tensors, Tensors]:
         """The whole objective. noise: uniform numbers as learning_noise draws them, or Nones for
         modes. Returns the loss (), metrics (), and the new latents as the replay stores them."""
         # observe: hₜ and zₜ from what was seen
@@ -1109,31 +1112,31 @@ class Dreamer(nn.Module):
         given = {name[:-6]: x for name, x in vars(self.args).items() if name.endswith("_scale")}
         return {"rew": 1.0, "con": 1.0, "policy": 1.0, "value": 1.0} | given
 
-    def mask(self, losses: State, data: dict[str, Any]) -> State:
+    def mask(self, losses: Tensors, data: dict[str, Any]) -> Tensors:
         """Losses before their means are taken. Here all their elements count."""
         return losses
 
-    def dream_starts(self, states: State, data: dict[str, Any]) -> State:
+    def dream_starts(self, states: Tensors, data: dict[str, Any]) -> Tensors:
         """The states (N, …) that dreams begin from: every posterior state."""
         return {name: states[name].flatten(0, 1).detach() for name in ("deter", "stoch")}
 
-    def dream(self, start: State, noise: dict[str, Any]) -> tuple[State, Tensor]:
+    def dream(self, start: Tensors, noise: dict[str, Any]) -> tuple[Tensors, Tensor]:
         """States (N, H + 1, …) and actions (N, H, …) of dreams from `start` (N, …)."""
-        def policy(state: State, t: int) -> Tensor:
+        def policy(state: Tensors, t: int) -> Tensor:
             step_noise = None if noise["action"] is None else noise["action"][:, t]
             return self.policy(start | state, step_noise)
 
         return self.wm.rssm.imagine(start, policy, self.args.imagination_horizon, noise["prior"])
 
-    def policy(self, state: State, noise: Tensor | None) -> Tensor:
+    def policy(self, state: Tensors, noise: Tensor | None) -> Tensor:
         """Action of the dynamics in a dreamed state (N, …)."""
         return self.actor(features(state)).sample(noise)
 
-    def dream_reward(self, dream: State) -> Tensor:
+    def dream_reward(self, dream: Tensors) -> Tensor:
         """What dreamed states (N, H + 1, …) pay (N, H + 1)."""
         return self.wm.reward(features(dream)).pred()
 
-    def judge(self, dream: State, action: Tensor) -> tuple[State, Tensor, State]:
+    def judge(self, dream: Tensors, action: Tensor) -> tuple[Tensors, Tensor, Tensors]:
         """Losses, λ-returns (N, H) and metrics of dreams, see `imagination_loss`."""
         args = self.args
         feat = features(dream)
@@ -1146,7 +1149,7 @@ class Dreamer(nn.Module):
             self.actor(feat), action, self.critic(feat), slow_value, reward, cont,
             self.retnorm, discount, args.return_lambda, args.ent_coef)
 
-    def judge_replay(self, states: State, data: dict[str, Any], returns: Tensor):
+    def judge_replay(self, states: Tensors, data: dict[str, Any], returns: Tensor):
         """Loss and λ-returns (B, T - 1) of replayed steps, whose gradient reaches the world model;
         returns (N, H) are those of the dreams that began at them."""
         feat = features(states)
@@ -1188,7 +1191,7 @@ class Dreamer(nn.Module):
         x = torch.as_tensor(x)
         return x if self.device.type == "cpu" else x.pin_memory().to(self.device, non_blocking=True)
 
-    def cast(self) -> State:
+    def cast(self) -> Tensors:
         """Weights in bfloat16 where updates use it; gradients reach the float32 originals. The
         scales of norms stay float32, as in the reference."""
         auto = "bfloat16" if self.device.type == "cuda" else "float32"
@@ -1688,7 +1691,7 @@ class Run:
         before = self.step - self.envs.num_envs * self.ranks
         return every > 0 and self.step // every > before // every
 
-    def log(self, metrics: State, info: dict[str, Any]) -> None:
+    def log(self, metrics: Tensors, info: dict[str, Any]) -> None:
         """Records episodes that ended and, when due, losses, pictures, evaluations, checkpoints."""
         args = self.args
         self.metrics = metrics
@@ -1962,14 +1965,14 @@ class SocialWorldModel(WorldModel):
         # π̂ʲ has the shape of a policy. Teammates share its weights; j enters as a one-hot.
         self.tom = Actor(feat + self.mates, self.heads, units)
 
-    def decode(self, states: State) -> State:
+    def decode(self, states: Tensors) -> Tensors:
         """Reconstructions (B, T, …) from (h, z_env)."""
         stoch = states["stoch"]
         if self.args.teammate_model == "tom":
             stoch = stoch * (1 - self.team).to(stoch.dtype)
         return super().decode(states | {"stoch": stoch})
 
-    def teammates(self, state: State) -> Joint:
+    def teammates(self, state: Tensors) -> Joint:
         """The ToM head π̂ʲ(a | h, z_team, j): a state (…) → distributions over actions (…, K-1, A).
         The arm "joint" sees nothing, and learns how often teammates do what; in the arm "none" the
         head learns without teaching the model anything."""
@@ -1989,13 +1992,13 @@ class SocialWorldModel(WorldModel):
         number = torch.eye(self.mates, dtype=feat.dtype, device=feat.device)
         return self.tom(torch.cat([feat, number.expand(*feat.shape[:-1], -1)], -1))
 
-    def extra_losses(self, states: State, data: dict[str, Any]) -> State:
+    def extra_losses(self, states: Tensors, data: dict[str, Any]) -> Tensors:
         """The loss "tom" (B, T): −Σⱼ log π̂ʲ(aʲ) over the teammates that act. The target is the
         action of the same step, which neither h nor z has seen."""
         logp = self.teammates(states).log_prob(data["teammates"])  # (B, T, K-1)
         return {"tom": -(logp * data["acts"]).sum(-1)}
 
-    def losses(self, states: State, data: dict[str, Any]) -> tuple[State, State]:
+    def losses(self, states: Tensors, data: dict[str, Any]) -> tuple[Tensors, Tensors]:
         """Losses (B, T), and metrics () with the measures of the ToM head."""
         losses, metrics = super().losses(states, data)
         with torch.no_grad():
@@ -2016,19 +2019,18 @@ class SocialWorldModel(WorldModel):
     def social_dream(self, data: dict[str, Any], context: int, noise: Tensor,
                      action_noise: Tensor) -> tuple[Tensor, Tensor]:
         """What teammates are expected to do, and samples of it, both (B, T, K-1, A). `context`
-        steps are seen; the others are a dream, where ego acts as it did and the ToM head for all
-        others.         noise (B, T, S, 1), action_noise (B, T, K-1, …)."""
-        seen = tree_map(lambda x: x[:, :context], data | {"carry": ()})
-        states = self.observe(seen | {"carry": data["carry"]}, noise[:, :context])
+        steps are seen; the rest is a dream, where ego acts as it did, and the ToM head for all
+        others. noise (B, T, S, 1), action_noise (B, T, K-1, …)."""
+        states = self.observe(data, noise)
 
-        def policy(state: State, t: int) -> Tensor:
+        def policy(state: Tensors, t: int) -> Tensor:
             step = context - 1 + t
             mates = self.teammates(state).sample(action_noise[:, step])
             return self.joint(data["action"][:, step], mates * data["active"][:, step, :, None])
 
-        last = {name: states[name][:, -1] for name in ("deter", "stoch")}
+        last = {name: states[name][:, context - 1] for name in ("deter", "stoch")}
         dream, _ = self.rssm.imagine(last, policy, noise.shape[1] - context, noise[:, context:])
-        policies = self.teammates({name: torch.cat([states[name], x[:, 1:]], 1)
+        policies = self.teammates({name: torch.cat([states[name][:, :context], x[:, 1:]], 1)
                                    for name, x in dream.items()})
         return expected(policies), policies.sample(action_noise)
 
@@ -2038,7 +2040,7 @@ def expected(policy: Joint) -> Tensor:
     return torch.cat(parts, -1)
 
 def skill(heads: dict[str, tuple], actions: Tensor, acts: Tensor, nats: Tensor, bayes: Tensor,
-          guess: Tensor) -> State:
+          guess: Tensor) -> Tensors:
     """Measures of a ToM head over all (…, K-1) where `acts`. cross_entropy: the mean of `nats`, its
     −log π̂(a). marginal: that of who knows only how often each teammate does what. For choices also
     accuracy: how often the likeliest one in `guess` (…, K-1, A) was right; bayes: the mean nats of
@@ -2100,18 +2102,19 @@ class SocialDreamer(Dreamer):
             "active": ((mates,), torch.bool), "bayes": ((mates,), torch.float32),
             "valid": ((), torch.bool)}
 
-    def initial_state(self, n: int) -> State:
+    def initial_state(self, n: int) -> Tensors:
         """Also: "teammates" (N, K-1, A). In what `act` returns, these are the ToM head's guesses
         for this step; whoever sees the teammates puts their actions in place of them."""
         nobody = torch.zeros(n, self.seats - 1, self.actions.size, device=self.device)
         return super().initial_state(n) | {"teammates": nobody}
 
-    def acting_noise(self, n: int) -> State:
+    def acting_noise(self, n: int) -> Tensors:
         size = self.actions.noise_size
         mates = self.uniform(self.act_rng, n, self.seats - 1, size)
         return super().acting_noise(n) | {"teammates": mates}
 
-    def choose(self, obs: State, state: State, is_first: Tensor, noise: dict[str, Any]) -> State:
+    def choose(self, obs: Tensors, state: Tensors, is_first: Tensor,
+               noise: dict[str, Any]) -> Tensors:
         """The part of `act` that is only tensors (N, …)."""
         joint = self.wm.joint(state["action"], state["teammates"])
         new = super().choose(obs, state | {"action": joint}, is_first, noise)
@@ -2127,7 +2130,7 @@ class SocialDreamer(Dreamer):
         now = {name: value[:, 1:] for name, value in x.items()}
         return super().training_data(batch) | now | {"prev_action": joint[:, :-1]}
 
-    def learning_noise(self, data: dict[str, Any]) -> State:
+    def learning_noise(self, data: dict[str, Any]) -> Tensors:
         """The noise of an action (N, H, K·…): ego's numbers, then the teammates'."""
         noise = super().learning_noise(data)
         shape = noise["action"].shape[:2]
@@ -2135,7 +2138,7 @@ class SocialDreamer(Dreamer):
         mates = self.uniform(self.learn_rng, *shape, size)
         return noise | {"action": torch.cat([noise["action"], mates], -1)}
 
-    def policy(self, state: State, noise: Tensor | None) -> Tensor:
+    def policy(self, state: Tensors, noise: Tensor | None) -> Tensor:
         """Social imagination: joint actions (N, K·A) in dreamed states. All are drawn at the same
         time, a⁰ ~ π(a | h, z) and aʲ ~ π̂ʲ(a | h, z_team), zeros for who is not "active" (N, K-1).
         """
@@ -2146,11 +2149,11 @@ class SocialDreamer(Dreamer):
         others = self.wm.teammates(state).sample(mates) * state["active"][..., None]
         return self.wm.joint(super().policy(state, own), others)
 
-    def judge(self, dream: State, action: Tensor) -> tuple[State, Tensor, State]:
+    def judge(self, dream: Tensors, action: Tensor) -> tuple[Tensors, Tensor, Tensors]:
         """The policy answers for ego's part of the joint actions alone."""
         return super().judge(dream, action[..., : self.actions.size])
 
-    def dream_starts(self, states: State, data: dict[str, Any]) -> State:
+    def dream_starts(self, states: Tensors, data: dict[str, Any]) -> Tensors:
         """Dreams begin where ego is in the game. In place of each other step one of those stands,
         so that shapes do not depend on data; `mask` leaves its dream out. Who is active stays so.
         """
@@ -2161,7 +2164,7 @@ class SocialDreamer(Dreamer):
         index = torch.where(here, step, order[step % here.sum().clamp(min=1)])
         return {name: x[index] for name, x in start.items()}
 
-    def mask(self, losses: State, data: dict[str, Any]) -> State:
+    def mask(self, losses: Tensors, data: dict[str, Any]) -> Tensors:
         """Losses whose means over all elements are means over the steps where ego is there."""
         here = data["valid"].float()  # (B, T)
         dreams = here.flatten()[:, None]  # (N, 1)
@@ -2278,6 +2281,7 @@ def make_parallel(args: SocialArgs, render: bool = False) -> Any:
                  "mpe2.": "pip install mpe2==1.1.1, or correct the name",
                  "simple_": "pip install mpe2==1.1.1, and write mpe2.simple_…",
                  "pettingzoo.mpe": "pip install mpe2==1.1.1, and write mpe2.simple_…",
+                 "pettingzoo.": 'pip install "pettingzoo[butterfly,sisl]"',
                  "": "install its package, or correct the name"}
         hint = next(hint for start, hint in hints.items() if args.env_id.startswith(start))
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame must not look for a display
@@ -2561,7 +2565,7 @@ class Pool:
         self.games: dict[int, float] = {}
         self.next = 0
 
-    def add(self, agent: SocialDreamer, weights: State | None = None) -> int:
+    def add(self, agent: SocialDreamer, weights: Tensors | None = None) -> int:
         """A deep copy, on the CPU, of what acts: of `agent` or, with `weights`, of one like it.
         Returns its number."""
         unused = (agent.optimizer, agent.learned, agent.act_rng, agent.learn_rng, agent.fast_learn,
@@ -2680,7 +2684,7 @@ class Table:
         self.script = np.full(table, -1)
         self.partners = np.full(num_envs, LIVE)  # numbers of those who play the other seats
         self.players: dict[int, SocialDreamer] = {}  # who plays now, even if the pool dropped it
-        self.memory: dict[int, State] = {}  # a partner's states, for every seat (E, K, …)
+        self.memory: dict[int, Tensors] = {}  # a partner's states, for every seat (E, K, …)
         rank = distributed.get_rank() if distributed.is_initialized() else 0
         live, members = derive_seeds(agent.args.seed, f"partners in {purpose}", rank, 2)
         self.live_rng = torch.Generator(agent.device).manual_seed(live)
@@ -2704,8 +2708,8 @@ class Table:
         self.script = obs["script"]
         return self.joint, self.rows(obs, first)
 
-    def informed(self, agent: SocialDreamer, state: State | None, env: np.ndarray,
-                 seat: np.ndarray) -> State | None:
+    def informed(self, agent: SocialDreamer, state: Tensors | None, env: np.ndarray,
+                 seat: np.ndarray) -> Tensors | None:
         """The state (N, …) of the seats (env, seat) with what they know of the last step of their
         teammates: what these did or, if that is not seen, the head's guess for those who acted."""
         if state is None:
@@ -2956,7 +2960,7 @@ class SocialRun(Run):
         obs, _ = self.envs.reset(options={"steps": made})
         return obs, arrived
 
-    def log(self, metrics: State, info: dict[str, Any]) -> None:
+    def log(self, metrics: Tensors, info: dict[str, Any]) -> None:
         for i in np.flatnonzero(info.get("_episode", ())):
             returns = info["episode"]["seats"][i]
             self.record({"charts/team_return": returns.sum()})

@@ -602,11 +602,14 @@ def dream_one_step(rssm, state, action, noise=None):
     dream, _ = rssm.imagine(state, lambda state, t: action, 1, noise)
     return {name: x[:, 1] for name, x in dream.items()}
 
-def test_the_recurrence_is_the_block_gru_of_the_specification():
+def test_dreaming_and_observing_share_one_recurrence_the_block_gru_of_the_specification():
     rssm, state, inputs = sequence()
-    for action in inputs["action"].unbind(1):
-        ours = dream_one_step(rssm, state, action)["deter"]
-        close(ours, block_gru(rssm, state, action), atol=1e-5)
+    states = rssm.observe(state, **inputs)
+    for t, action in enumerate(inputs["action"].unbind(1)):
+        expected = block_gru(rssm, state, action)
+        close(dream_one_step(rssm, state, action)["deter"], expected, atol=1e-5)
+        close(states["deter"][:, t], expected, atol=1e-5)
+        state = {name: x[:, t] for name, x in states.items()}
 
 def test_an_action_outside_of_the_unit_interval_counts_as_its_sign_and_scales_its_gradient():
     rssm, state, _ = sequence(batch=1)
@@ -654,14 +657,6 @@ def test_imagination_with_given_actions_is_the_prior_path():
         close(dream["deter"][:, t + 1], deter, atol=1e-5)
         close(dream["stoch"][:, t + 1], state["stoch"])
 
-def test_dreaming_and_observing_share_one_recurrence():
-    rssm, state, inputs = sequence()
-    states = rssm.observe(state, **inputs)
-    for t in range(8):  # the next h depends on h, z and a alone
-        now = {name: x[:, t] for name, x in states.items()}
-        following = dream_one_step(rssm, now, inputs["action"][:, t + 1])
-        close(following["deter"], states["deter"][:, t + 1])
-
 def test_a_dream_reconstructs_its_context_and_then_sees_no_observation():
     agent = make_agent(perturb=0.1)
     data, noise = agent.training_data(batch_of(agent)), torch.rand(4, 8, 6, 1)
@@ -697,19 +692,6 @@ def test_lambda_return_is_the_mixture_of_all_n_step_returns(lam):
             n_step.append(collected + factor * value[b, k])
         parts = [(1 - lam) * lam**n for n in range(steps - 1)] + [lam ** (steps - 1)]
         close(returns[b, t], sum(w * g for w, g in zip(parts, n_step)), rtol=1e-4, atol=1e-5)
-
-def test_nothing_after_an_episodes_last_step_enters_the_return_of_the_steps_before():
-    torch.manual_seed(0)
-    reward, value = torch.randn(1, 6), torch.randn(1, 6)
-    discount, lam = torch.full((1, 6), 0.9), torch.full((1, 6), 0.95)
-    lam[0, 3] = 0  # step 3 ends an episode by time limit: its value counts, what follows does not
-    truncated = D.lambda_return(reward, value, discount, lam)
-    close(truncated[0, 2], reward[0, 3] + 0.9 * value[0, 3])
-    ended = discount.clone()
-    ended[0, 3] = 0  # or by a terminal: not even its value counts
-    close(D.lambda_return(reward, value, ended, lam)[0, 2], reward[0, 3])
-    reward[0, 4:], value[0, 4:] = 100, 100
-    equal(D.lambda_return(reward, value, discount, lam)[0, :3], truncated[0, :3])
 
 def test_return_range_is_a_moving_average_of_numpy_percentiles():
     norm, low, high = D.ReturnNormalizer(), 0.0, 0.0
@@ -2512,7 +2494,7 @@ def hidden_match_values(epsilon, actions, length):
         frontier = after
     return ret, nats
 
-def rollout(env, choose, episodes=1500):
+def rollout(env, choose, episodes=800):
     """Mean return of player_0 against favourites drawn at random, and nats a step of env.bayes."""
     rng, total, nats = np.random.default_rng(0), 0.0, []
     env.reset(seed=0)
@@ -2784,6 +2766,24 @@ def test_returns_are_those_of_learner_and_team_and_lengths_those_of_episodes(fol
     assert set(log["charts/episodic_length"]) == {6}
     pool = M.main(team_args(partners="pool", total_timesteps=80, pool_every=30))
     assert set(pool["eval_returns"]) | set(pool["train_returns"]) <= {float(x) for x in each}
+
+class Steered(Toy):
+    """Everyone's actions are two numbers, of which the first is seen."""
+    def action_space(self, agent):
+        return Box(-3, 5, (2,))
+
+    def see(self, agents, actions):
+        return super().see(agents, {name: float(x[0]) for name, x in actions.items()})
+
+def test_teams_of_continuous_actions_train_on_what_all_did(folder, monkeypatch):
+    monkeypatch.setattr(M, "make_parallel", lambda args, render=False: Steered((6, 6)))
+    summary = M.main(team_args(partners="self", video_every=60, total_timesteps=80))
+    assert summary["updates"] > 0 and "skill" not in summary["eval_tom"]
+    data = M.load_file(run_of(folder), "replay.pt")["data"]
+    raw = torch.cat([data["action"][0][:, :1], data["teammates"][0][:, 0, :1]], 1)  # of both seats
+    said, first = data["obs/obs"][0][1:, 2:], data["is_first"][0][1:]
+    close(said[~first], (raw.clamp(-1, 1) * 4 + 1)[:-1][~first], atol=1e-5)
+    assert (raw.abs() > 1).any() and list((run_of(folder) / "dreams").glob("teammates*"))
 
 def test_agents_of_other_runs_join_the_pool(folder):
     M.main(team_args(partners="pool", seed=7))

@@ -23,7 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dreamer
-from dreamer import State
+from dreamer import Tensors
 
 @dataclasses.dataclass
 class Args(dreamer.Args):
@@ -48,18 +48,18 @@ class WorldModel(dreamer.WorldModel):
         self.decoder = None
         self.projector = dreamer.Linear(feat, self.encoder.size)
 
-    def reconstruction(self, states: State, data: dict[str, Any]) -> State:
+    def reconstruction(self, states: Tensors, data: dict[str, Any]) -> Tensors:
         return {}
 
-    def extra_losses(self, states: State, data: dict[str, Any]) -> State:
-        """The loss "barlow" () over all states of a batch. Tokens are targets without gradient: else
-        the encoder could make them easy to predict."""
+    def extra_losses(self, states: Tensors, data: dict[str, Any]) -> Tensors:
+        """The loss "barlow" () over all states of a batch. As targets, tokens have no gradient:
+        else the encoder could make them easy to predict."""
         feat = dreamer.features(states).flatten(0, 1)  # (B·T, D + S·C)
         tokens = states["tokens"].detach().flatten(0, 1)  # (B·T, E)
         predicted = self.projector(feat)
         return {"barlow": barlow_loss(predicted.float(), tokens.float(), self.args.redundancy)}
 
-    def open_loop(self, data: dict[str, Any], context: int, noise: Tensor) -> State:
+    def open_loop(self, data: dict[str, Any], context: int, noise: Tensor) -> Tensors:
         """Without a decoder there are no pictures of dreams."""
         return {}
 
