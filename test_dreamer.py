@@ -1771,6 +1771,16 @@ def test_help_explains_every_argument_with_its_comment(script, monkeypatch, caps
 
 # ------------------------------------------------------------------------------------- whole runs
 
+def test_the_library_loop_that_readme_prints_trains_an_agent():
+    text = (Path(__file__).parent / "README.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    assert "range(1000)" in code and "> 1000" in code
+    scope = {}
+    code = code.replace("range(1000)", "range(70)").replace("> 1000", "> 264")
+    exec(code.replace('preset("CartPole-v1")', 'preset("CartPole-v1", size="tiny")'), scope)
+    assert scope["metrics"]["losses/total"].isfinite()
+    assert len(scope["buffer"]) == 280
+
 class NaNReward(Lengths):
     def pay(self):
         return float("nan")
