@@ -14,7 +14,6 @@ import importlib
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 
 
 class Foraging:
