@@ -134,6 +134,9 @@ class Args:
     contdisc: bool = True  # learn the discount inside the continue prediction
     return_lambda: float = 0.95  # lambda of the returns
     ent_coef: float = 3e-4  # weight of the policy's entropy
+    anneal_ent: bool = False  # lower it linearly to zero over the run (ours)
+    # rate at which an average of the weights follows them; evaluations play it; 0: none (ours)
+    average: float = 0.0
     tau: float = 0.02  # fraction by which the slow critic follows the critic
     free_nats: float = 1.0  # nats of KL, summed over the latents, that cost nothing
     dyn_scale: float = 1.0  # weight of the loss that moves the prior to the posterior
@@ -848,7 +851,7 @@ class ReturnNormalizer(nn.Module):
 
 def imagination_loss(policy: Joint, action: Tensor, critic: SymexpTwoHot, slow_value: Tensor,
                      reward: Tensor, cont: Tensor, retnorm: ReturnNormalizer, discount: float,
-                     lam: float, ent_coef: float) -> tuple[Tensors, Tensor, Tensors]:
+                     lam: float, ent_coef: float | Tensor) -> tuple[Tensors, Tensor, Tensors]:
     """Losses of actor and critic in dreams (reference: imag_loss). policy, critic, slow_value,
     reward and cont are of all states (N, H + 1), action (N, H, A) is of all but the last. discount
     is 1 where cont holds it already. Only policy and critic carry gradients.
@@ -958,8 +961,10 @@ class Dreamer(nn.Module):
         self.wm = self.make_world_model()
         self.make_actor_critic(self.wm.rssm.feat_size, self.wm.size.units)
         self.retnorm = ReturnNormalizer()
+        self.register_buffer("ent_coef", torch.tensor(args.ent_coef), persistent=False)
         self.to(self.device)
         self.learned = [p for p in self.parameters() if p.requires_grad]
+        self.averages: list[Tensor] = []  # of `learned`, with args.average
         self.optimizer = self.make_optimizer()
         # acting has noise of its own, so that an evaluation does not change what is learned
         self.act_rng = torch.Generator(self.device)
@@ -1077,6 +1082,9 @@ class Dreamer(nn.Module):
             slow = list(self.slow_critic.parameters())
             fast = list(self.critic.parameters())
             torch._foreach_lerp_(slow, fast, self.args.tau)
+            if self.args.average:
+                self.averages = self.averages or [p.clone() for p in self.learned]
+                torch._foreach_lerp_(self.averages, self.learned, self.args.average)
         return metrics | {f"diagnostics/{name}": x for name, x in norms.items()}, latents
 
     def forward(self, data: dict[str, Any],
@@ -1147,7 +1155,7 @@ class Dreamer(nn.Module):
         discount = 1.0 if args.contdisc else args.gamma  # with contdisc, cont holds it already
         return imagination_loss(
             self.actor(feat), action, self.critic(feat), slow_value, reward, cont,
-            self.retnorm, discount, args.return_lambda, args.ent_coef)
+            self.retnorm, discount, args.return_lambda, self.ent_coef)
 
     def judge_replay(self, states: Tensors, data: dict[str, Any], returns: Tensor):
         """Loss and λ-returns (B, T - 1) of replayed steps, whose gradient reaches the world model;
@@ -1160,19 +1168,37 @@ class Dreamer(nn.Module):
             data["is_last"], data["is_terminal"], self.args.gamma, self.args.return_lambda)
 
     def anneal(self, progress: float) -> None:
-        """Sets the step size for a run of which the fraction `progress` is done."""
-        left = max(0.0, 1 - progress) if self.args.anneal_lr else 1.0
-        self.optimizer.param_groups[0]["lr"].fill_(self.args.learning_rate * left)
+        """Sets what is annealed for a run of which the fraction `progress` is done."""
+        args = self.args
+        left = max(0.0, 1 - progress)
+        lr = args.learning_rate * (left if args.anneal_lr else 1.0)
+        self.optimizer.param_groups[0]["lr"].fill_(lr)
+        self.ent_coef.fill_(args.ent_coef * (left if args.anneal_ent else 1.0))
+
+    @contextlib.contextmanager
+    def averaged(self):
+        """Within it the agent has the average of its weights, if args.average keeps one."""
+        own = [p.detach().clone() for p in self.learned]
+        with torch.no_grad():
+            for p, x in zip(self.learned, self.averages):
+                p.copy_(x)
+            try:
+                yield
+            finally:
+                for p, x in zip(self.learned, own):
+                    p.copy_(x)
 
     # From here on: what is saved, noise, number formats, and what makes the above fast.
 
     def get_extra_state(self) -> dict[str, Any]:
         """What state_dict holds beside weights and buffers."""
         return {"optimizer": self.optimizer.state_dict(), "act_rng": self.act_rng.get_state(),
-                "learn_rng": self.learn_rng.get_state()}
+                "learn_rng": self.learn_rng.get_state(), "averages": self.averages}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.args.average:  # else the learned weights are played
+            self.averages = [x.to(self.device) for x in state["averages"]]
         for name in ("act_rng", "learn_rng"):
             rng = getattr(self, name)
             saved_rng = state[name].cpu()
@@ -2793,7 +2819,7 @@ def evaluate(agent: SocialDreamer, args: SocialArgs, episodes: int, run_name: st
     done = np.zeros(episodes, bool)
     is_first = running = np.ones(episodes, bool)
     steps = []
-    with preserve_randomness(agent.act_rng), contextlib.closing(
+    with preserve_randomness(agent.act_rng), agent.averaged(), contextlib.closing(
             make_vector_env(args, episodes, run_name, seeds, capture_video)) as envs:
         obs, _ = envs.reset(seed=seeds, options={"steps": np.inf})  # past all shaping of rewards
         learner = obs["learner"]

@@ -950,6 +950,60 @@ def test_the_step_size_is_constant_or_falls_linearly_to_zero_over_the_run():
             sizes.append(float(agent.optimizer.param_groups[0]["lr"]))
         close(sizes, expected)
 
+@pytest.mark.parametrize("anneal_ent, expected", [(False, [2, 2, 2]), (True, [2, 1.5, 0])])
+def test_the_entropy_weighs_the_same_or_falls_linearly_to_zero_over_the_run(anneal_ent, expected):
+    agent = make_agent(perturb=0.3, ent_coef=2.0, anneal_ent=anneal_ent)
+    inputs = learning_inputs(agent, batch_of(agent))
+    losses = []
+    for weight in (2.0, *expected):
+        if len(losses):
+            agent.anneal((0.0, 0.25, 1.0)[len(losses) - 1])
+        agent.retnorm.range.zero_()
+        losses.append(agent(*inputs)[1]["losses/policy"])
+    none = make_agent(perturb=0.3, ent_coef=0.0)
+    zero = none(*inputs)[1]["losses/policy"]
+    close([(x - zero) / (losses[0] - zero) for x in losses], [1.0] + [x / 2 for x in expected])
+
+def test_evaluations_play_the_average_of_the_weights_and_put_the_learned_ones_back(script):
+    agent = script.make_agent(perturb=0.1, average=0.25)
+    plain = script.make_agent(perturb=0.1)
+    mean = None
+    for _ in range(3):
+        for x in (agent, plain):
+            x.update(script.batch(x))
+        now = [p.detach().clone() for p in plain.learned]
+        mean = mean or now
+        mean = [0.75 * a + 0.25 * p for a, p in zip(mean, now)]
+    same(weights(agent), weights(plain))  # learning does not see it
+    loaded = script.make_agent(seed=7, average=0.25)
+    loaded.load_state_dict(agent.state_dict())
+    for x in (agent, loaded):
+        before = weights(x)
+        with x.averaged():
+            for p, expected in zip(x.learned, mean):
+                close(p, expected)
+        same(weights(x), before)
+    with plain.averaged():
+        same(weights(plain), before)
+
+def test_an_evaluation_plays_the_averaged_agent(script, monkeypatch):
+    args = script.args_of(average=0.5)
+    if script is Team:
+        agent = M.SocialDreamer(*M.seat_spaces(args)[:2], args, 2)
+    else:
+        with contextlib.closing(D.make_vector_env(args, 2, "", [1, 2])) as envs:
+            agent = D.Dreamer(envs.single_observation_space, envs.single_action_space, args)
+    agent.averages = [torch.full_like(p, 0.125) for p in agent.learned]
+    played = []
+
+    def choose(*inputs):
+        played.append(float(agent.learned[0].mean()))
+        return agent.choose(*inputs)
+
+    agent.fast_choose = choose
+    script.module.evaluate(agent, args, 2)
+    assert set(played) == {0.125} and agent.learned[0].mean() != 0.125
+
 # ------------------------------------------------------------------- the agent, of either script
 
 class Solo:
