@@ -90,6 +90,7 @@ class Size(NamedTuple):
 
 DEPTHS = {"1m": 4, "12m": 16, "25m": 24, "50m": 32, "100m": 48, "200m": 64, "400m": 96}
 SIZES = {name: Size(128 * d, 16 * d, d, d, 16 * d) for name, d in DEPTHS.items()}
+OUR_SIZE = "12m" if torch.cuda.is_available() else "1m"  # on a CPU, 12m would take days
 
 # What a suite sets where no flag is given. Unmarked values, like the defaults of Args, are those of
 # the author's configs.yaml at e3f0224; "ours" marks what the reference does not have.
@@ -97,7 +98,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "atari": dict(size="200m", num_envs=1, train_ratio=256, total_timesteps=100_000),  # 100k
     "dmc_vector": dict(num_envs=16, train_ratio=1024, size="1m", vectorization="async"),
     "dmc_pixels": dict(num_envs=16, train_ratio=256, size="200m", vectorization="async"),
-    "car_racing": dict(num_envs=8, train_ratio=128, total_timesteps=500_000),  # ours
+    "car_racing": dict(  # ours
+        size=OUR_SIZE, num_envs=8, train_ratio=128, total_timesteps=500_000),
     "mujoco": dict(num_envs=16, train_ratio=512, size="1m"),  # ours, after dmc_vector
     "classic_control": dict(  # ours: few and small updates, so that minutes on a CPU suffice
         size="1m", num_envs=16, train_ratio=20, total_timesteps=24_000, eval_episodes=20,
@@ -107,7 +109,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         # with less entropy the carts drift to one side and the model forgets the other; at the
         # end, beside advantages that have become small, it would loosen a policy that is learned
         ent_coef=0.01, anneal_ent=True, average=0.005),
-    "other": dict(num_envs=4, train_ratio=128, total_timesteps=500_000),  # ours
+    "other": dict(size=OUR_SIZE, num_envs=4, train_ratio=128, total_timesteps=500_000),  # ours
 }
 
 def suite_of(env_id: str, pixels: bool = False) -> str:
@@ -147,6 +149,7 @@ class Args:
     deterministic: bool = False  # evaluate with modes in place of samples, unlike the reference
 
     env_id: str = "CartPole-v1"  # Gymnasium id; `module:id` imports the module first
+    env_kwargs: str = "{}"  # arguments of the environment, a JSON object
     pixels: bool = False  # observe rendered frames
     image_size: int = 64  # side to which images are resized: a multiple of 16, 48 to 256
     num_envs: int = 16  # environments stepped together
@@ -200,6 +203,7 @@ class Args:
         for name, (least, most) in ranges.items():
             if not least <= getattr(self, name) <= most:  # NaN is in no range
                 raise InputError(f"{name} {getattr(self, name)}: take {least:g} to {most:g}")
+        self.env_arguments()
         gpu = self.cuda and torch.cuda.is_available()
         if self.buffer_device == "cuda" and not (gpu or self.evaluate):
             raise InputError("buffer_device 'cuda' needs a GPU that the run may use: take auto")
@@ -210,6 +214,17 @@ class Args:
             raise InputError(f"buffer_size {self.buffer_size} is less than batch_size "
                              f"{self.batch_size} of batch_length {self.batch_length} need: "
                              f"take {needed} or more")
+
+    def env_arguments(self) -> dict[str, Any]:
+        """Arguments of the environment. Raises InputError where env_kwargs is no JSON object."""
+        try:
+            kwargs = json.loads(self.env_kwargs)
+        except json.JSONDecodeError as error:
+            kwargs = error
+        if not isinstance(kwargs, dict):
+            raise InputError(f"env_kwargs {self.env_kwargs!r} is no JSON object ({kwargs}): write "
+                             "it like '{\"N\": 4}'")
+        return kwargs
 
 def derive_seeds(seed: int, purpose: str, rank: int = 0, count: int = 1) -> list[int]:
     """`count` seeds of 32 bits: other seeds, purposes or processes get independent streams."""
@@ -1335,14 +1350,24 @@ TREES = gym.spaces.Dict, gym.spaces.Tuple
 
 @contextlib.contextmanager
 def explain_failure(name: str, packages: str, rendering: bool = False):
-    """Turns a missing package, an unknown id `name`, and a renderer that fails into InputErrors."""
+    """Turns a missing package, an unknown id `name`, arguments that it does not take, and a
+    renderer that fails into InputErrors."""
     try:
         yield
     except ImportError as error:
         raise InputError(f"{name} cannot be imported ({error}): pip install {packages}") from None
     except gym.error.Error as error:
         reason = str(error).strip().rstrip(".")
+        module = name.rpartition(":")[0]
+        if isinstance(error, gym.error.UnregisteredEnv):
+            reason += (f"; module {module!r} was imported, and does not register it" if module else
+                       ". If a package brings it, name the module too: --env-id module:id")
         raise InputError(f"env_id {name!r} cannot be made: {reason}") from None
+    except TypeError as error:
+        if "environment creator" not in str(error):  # so gymnasium marks its call
+            raise
+        raise InputError(f"env_id {name!r} cannot be made, give its arguments like --env-kwargs "
+                         f"'{{\"N\": 4}}': {error}") from None
     except Exception as error:  # renderers raise anything
         if not rendering or isinstance(error, InputError):
             raise
@@ -1367,8 +1392,9 @@ def make_env(args: Args, idx: int, capture_video: bool, run_name: str, seed: int
     module, packages = next((x for start, x in PACKAGES.items() if name.startswith(start)),
                             ("", "its package"))
     kwargs: dict[str, Any] = {"render_mode": "rgb_array"} if args.pixels or record else {}
+    kwargs |= args.env_arguments()
     if atari := name.startswith("ALE/"):  # no sticky actions, and the game's own actions alone
-        kwargs |= dict(frameskip=1, repeat_action_probability=0.0, full_action_space=False)
+        kwargs = dict(frameskip=1, repeat_action_probability=0.0, full_action_space=False) | kwargs
     if name.startswith("dm_control/") and args.pixels:
         kwargs["render_kwargs"] = dict(height=args.image_size, width=args.image_size,
                                        camera_id=2 if "quadruped" in name else 0)
@@ -1377,7 +1403,7 @@ def make_env(args: Args, idx: int, capture_video: bool, run_name: str, seed: int
         random.seed(seed)  # some environments draw from the global generators, whose state
         np.random.seed(seed)  # forked workers would share
         with explain_failure(args.env_id, packages, rendering=args.pixels or record):
-            if module:  # MinAtar registers on request, the others when they are imported
+            if module and name not in gym.registry:  # MinAtar's asks for a call, the others do not
                 getattr(importlib.import_module(module), "register_envs", lambda: None)()
             env = gym.make(args.env_id, **kwargs)
             if record:
@@ -1395,7 +1421,9 @@ def make_env(args: Args, idx: int, capture_video: bool, run_name: str, seed: int
             usable = (gym.spaces.Box, *CHOICES, *TREES)
             keep = [key for key, sub in space.items() if isinstance(sub, usable)]
             if 0 < len(keep) < len(space):
-                warnings.warn(f"{name}: only {keep} are used, other observations are not numeric")
+                if idx == 0:
+                    warnings.warn(f"{name}: only {keep} are observed, the rest are not numbers; if "
+                                  "one names the goal, as in BabyAI, the task cannot be solved")
                 env = gym.wrappers.FilterObservation(env, keep)
         return gym.wrappers.RecordEpisodeStatistics(env)
 
@@ -1446,10 +1474,10 @@ def classes_of(space: gym.Space) -> tuple[int, ...]:
     return tuple(np.ravel(numbers).tolist()) if isinstance(space, CHOICES) else ()
 
 class ObservationCodec:
-    """Turns batches of observations into dicts of arrays (B, *spec.shape). Images are uint8 or bool
-    boxes H×W or H×W×1..4 with more than 4 pixels a side; they are resized. All other boxes are
-    vectors. Raises InputError for spaces that cannot be used, and for numbers that are not finite.
-    """
+    """Turns batches of observations into dicts of arrays (B, *spec.shape). Images have more than 4
+    pixels a side: boxes H×W, H×W×C or C×H×W of uint8 or bool, and H×W×C or C×H×W of floats in
+    [0, 1] or [0, 255]. They are resized. All other boxes are vectors. Raises InputError for spaces
+    that cannot be used, and for numbers that are not finite."""
     remedy = ("provide non-empty Box, Discrete, MultiDiscrete or MultiBinary entries of finite "
               "numbers, for example with gymnasium.wrappers.TransformObservation")
 
@@ -1465,13 +1493,15 @@ class ObservationCodec:
             return ObsSpec("discrete", (len(classes),), sum(classes), classes)
         if not isinstance(space, gym.spaces.Box) or 0 in space.shape:
             raise InputError(f"observation {name!r} of {space} is not supported: {self.remedy}")
-        height, width, channels = (*space.shape, 1, 1, 1)[:3]
-        pixels = space.dtype in (np.uint8, np.bool_) and len(space.shape) in (2, 3)
-        if pixels and min(height, width) > 4 and channels <= 4:
+        shape = space.shape + (1,) * (len(space.shape) == 2)
+        pixels = space.dtype in (np.uint8, np.bool_) or (
+            len(space.shape) == 3 and space.low.min() == 0 and space.high.max() in (1, 255))
+        if len(shape) == 3 and pixels and sorted(shape)[1] > 4:
+            channels = min(shape[0], shape[2])  # they come first or last
             return ObsSpec("image", (self.image_size, self.image_size, channels), channels)
         if (n := math.prod(space.shape)) > 4096:
             warnings.warn(f"observation {name!r} {space.shape} of {space.dtype} is taken for a "
-                          "vector; an image would be uint8, height × width × 1 to 4 channels")
+                          "vector; an image would be uint8, height × width × channels")
         return ObsSpec("vector", (n,), n)
 
     def __call__(self, obs: Any) -> dict[str, np.ndarray]:
@@ -1481,6 +1511,8 @@ class ObservationCodec:
             x = np.asarray(found[name])
             space = self.spaces[name]
             if spec.kind == "image":
+                if x.ndim == 4 and x.shape[1] < x.shape[3]:
+                    x = x.transpose(0, 2, 3, 1)
                 out[name] = self.resize(x.reshape(*x.shape[:3], -1), spec, space)
             elif spec.kind == "discrete":
                 start = np.ravel(getattr(space, "start", 0))
@@ -1724,6 +1756,7 @@ class Run:
         self.episodes = []
         self.eval_returns = []
         self.metrics = {}
+        self.announced = False  # how long it will take
 
     def make_envs(self) -> gym.vector.VectorEnv:
         args = self.args
@@ -1795,6 +1828,8 @@ class Run:
         rows = [f"|{name}|{value}|" for name, value in vars(args).items()]
         writer.add_text("hyperparameters", "\n".join(["|param|value|", "|-|-|", *rows]))
         print(*(f"{name} = {value}" for name, value in vars(args).items()), sep="\n")
+        for name, spec in self.agent.observations.specs.items():
+            print(f"observation {name}: {spec.kind} {spec.shape}")
         steps = buffer.num_envs * buffer.rows
         print(f"{self.dir}: {sum(p.numel() for p in self.agent.learned):,} parameters on "
               f"{self.ranks} × {self.agent.device}; replay of {steps:,} steps on {buffer.device}, "
@@ -1871,6 +1906,12 @@ class Run:
                               "charts/replay_size": steps,
                               "charts/replay_bytes": steps * self.buffer.bytes_per_step})
         self.bar.set_postfix(updates_s=f"{speed:.1f}", returns=np.round(self.episodes[-3:], 1))
+        if not self.announced:
+            self.announced = True
+            batch_steps = self.args.batch_size * self.args.batch_length * self.ranks
+            left = (self.args.total_timesteps - self.step) * self.args.train_ratio / batch_steps
+            self.bar.write(f"{left:,.0f} updates to come, about {left / speed / 3600:.1f} hours; a "
+                           "smaller --size, --train-ratio or --total-timesteps takes less")
         if not math.isfinite(values["losses/total"]):
             raise InputError(f"the loss became {values['losses/total']} at step {self.step}: lower "
                              "--learning-rate, or --resume from what --checkpoint-every saved")

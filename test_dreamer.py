@@ -1486,10 +1486,22 @@ def test_keys_may_have_any_name():
     recon = agent.wm.decoder(torch.zeros(3, 64), torch.zeros(3, 6, 5))
     assert set(recon) == set(names) and all(x.shape == (3, 2) for x in recon.values())
 
-@pytest.mark.parametrize("space", [Box(0, 255, (4, 84, 84), np.uint8), Box(0, 1, (84, 84, 3))])
+@pytest.mark.parametrize("space", [Box(-1, 1, (84, 84, 3)), Box(0, 255, (2, 2, 84, 84), np.uint8)])
 def test_what_looks_like_an_image_but_is_none_is_taken_for_a_vector_with_a_warning(space):
     with pytest.warns(UserWarning, match="taken for a vector"):
         assert D.ObservationCodec(space, 48).specs["obs"].kind == "vector"
+
+@pytest.mark.parametrize("first", [False, True])  # where the channels are
+@pytest.mark.parametrize("channels,high,dtype", [
+    (3, 255, np.uint8), (10, 255, np.uint8), (7, 1, np.bool_), (3, 1, np.float32),
+    (4, 255, np.float64)])
+def test_images_come_with_channels_first_or_last_in_any_number_as_floats_too(
+        first, channels, high, dtype):
+    pixels = np.random.default_rng(0).integers(0, 2, (2, 48, 48, channels)) * high
+    given = pixels.transpose(0, 3, 1, 2) if first else pixels
+    codec = D.ObservationCodec(Box(0, high, given.shape[1:], dtype), 48)
+    assert codec.specs["obs"] == ("image", (48, 48, channels), channels, ())
+    assert np.array_equal(codec(given.astype(dtype))["obs"], pixels * (255 // high))
 
 def test_observations_are_encoded_without_loss():
     codec = D.ObservationCodec(Dict(
@@ -1539,6 +1551,11 @@ def test_actions_fill_asymmetric_bounds_start_offsets_and_integer_boxes():
 def make_env(env_id, **values):
     return D.make_env(args_of(env_id=env_id, **values), 0, False, "test")()
 
+class Sized(Echo):
+    def __init__(self, size, render_mode=None):
+        super().__init__()
+        self.size = size
+
 class Words(Echo):
     observation_space = Dict(mission=gym.spaces.Text(5))
 
@@ -1555,12 +1572,16 @@ class Picture(Lengths):
 
     render = see
 
-for name, kind in {"Words": Words, "WordsAndNumbers": WordsAndNumbers, "Picture": Picture}.items():
-    register(name, kind)
+for kind in (Sized, Words, WordsAndNumbers, Picture):
+    register(kind.__name__, kind)
 
-def test_text_is_left_out_of_observations_with_a_warning():
-    with pytest.warns(UserWarning, match="'obs'"):
-        assert list(make_env("test/WordsAndNumbers-v0").observation_space) == ["obs"]
+def test_text_is_left_out_of_observations_with_one_warning_for_all_environments(recwarn):
+    thunks = [D.make_env(args_of(env_id="test/WordsAndNumbers-v0"), i, False, "") for i in range(3)]
+    assert all(list(thunk().observation_space) == ["obs"] for thunk in thunks)
+    assert ["'obs'" in str(x.message) for x in recwarn if "numbers" in str(x.message)] == [True]
+
+def test_arguments_of_the_environment_reach_it():
+    assert make_env("test/Sized-v0", env_kwargs='{"size": 7}').unwrapped.size == 7
 
 @pytest.mark.parametrize("task,camera", [("walker-walk", 0), ("quadruped-run", 2)])
 def test_dm_control_is_filmed_by_camera_0_and_the_quadruped_by_camera_2(
@@ -1770,7 +1791,16 @@ MISTAKES = {  # what was done, and what the message must name
     "an unknown size": (lambda: args_of(size="13m").check(), "13m.*12m"),
     "an image size that does not fit": (lambda: args_of(image_size=40).check(), "image_size.*40"),
     "an unknown environment": (lambda: make_env("NoSuchEnv-v0"), "NoSuchEnv-v0"),
-    "an unknown module": (lambda: make_env("no_such_module:Env-v0"), "no_such_module")}
+    "an unknown module": (lambda: make_env("no_such_module:Env-v0"), "no_such_module"),
+    "an id of a package that was not imported": (lambda: make_env("NoSuchEnv-v0"), "module:id"),
+    "a module that does not register the id": (
+        lambda: make_env("json:NoSuchEnv-v0"), "'json' was imported, and does not register"),
+    "an argument that the environment does not take": (
+        lambda: make_env("test/Sized-v0", env_kwargs='{"colour": 1}'), "env-kwargs.*colour"),
+    "a missing argument of the environment": (
+        lambda: make_env("test/Sized-v0"), "env-kwargs.*'size'"),
+    "arguments of the environment that are no object": (
+        lambda: args_of(env_kwargs="[1]").check(), r"\[1\].*JSON object")}
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_bad_input_is_an_input_error_that_names_it(mistake):
@@ -2029,8 +2059,8 @@ def test_torchrun_spreads_a_run_over_processes_and_only_as_many_resume_it(script
 
 # ======================================= dreamer_marl.py: the method for teams, and what it needs
 
-OF_DREAMER_ALONE = {
-    "PRESETS", "suite_of", "PACKAGES", "RandomNoops", "make_env", "evaluate", "main"}
+OF_DREAMER_ALONE = {"OUR_SIZE", "PRESETS", "suite_of", "PACKAGES", "RandomNoops", "make_env",
+                    "evaluate", "main"}
 
 def definitions(module):
     """name → source, of everything that is defined at the top of a file, in its order."""
