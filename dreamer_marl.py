@@ -49,6 +49,7 @@ import itertools
 import json
 import math
 import os
+import pkgutil
 import random
 import signal
 import sys
@@ -2324,6 +2325,17 @@ class HiddenMatch:
 
 # -------------------------------------------------------------------- games as seats of a table
 
+def modules_like(name: str) -> list[str]:
+    """Names of modules beside the missing module `name` that begin alike, but for a version."""
+    package, _, game = name.rpartition(".")
+    try:
+        paths = importlib.import_module(package).__path__
+    except (ImportError, AttributeError, ValueError):
+        return []
+    stem = game.rstrip("0123456789")
+    return [f"{package}.{found.name}" for found in pkgutil.iter_modules(paths)
+            if found.name.startswith(stem)]
+
 def make_parallel(args: SocialArgs, render: bool = False) -> Any:
     """The ParallelEnv of args.env_id. Raises InputError for unknown ids, missing packages and
     arguments that cannot be used."""
@@ -2343,6 +2355,8 @@ def make_parallel(args: SocialArgs, render: bool = False) -> Any:
         try:
             module = importlib.import_module(args.env_id)
         except (ImportError, TypeError, ValueError) as error:  # the last two for names such as ""
+            if near := modules_like(args.env_id):
+                hint = f"there are {', '.join(near)}"
             raise InputError(f"{args.env_id!r} cannot be imported ({error}): {hint}") from None
         if not hasattr(module, "parallel_env"):
             raise InputError(f"env_id {args.env_id!r} has no parallel_env: give the module of a "
@@ -2412,7 +2426,8 @@ class Seats(gym.Env):
         bayes     (K, A) what an ideal observer expects of it, NaN where there is none
 
     Learner and scripts are drawn for every episode, the latter from `scripts`. Where `all_learn`,
-    an episode's return is the mean of the seats', else the learner's."""
+    an episode's return is the mean of the seats', else the learner's. Agents may leave before the
+    end; `step` raises InputError if one comes after the beginning."""
     def __init__(self, env: Any, scripts: tuple[str, ...] = (), all_learn: bool = False):
         self.env = env
         self.scripts = scripts
@@ -2470,6 +2485,10 @@ class Seats(gym.Env):
         chosen = {name: self.decode(seat, action[seat]) for seat, name in enumerate(self.names)
                   if name in self.env.agents}
         obs, rewards, terminated, truncated, _ = self.env.step(chosen)
+        if late := [name for name in self.env.agents if name not in chosen]:
+            raise InputError(f"agent {late[0]!r} came after the episode had begun: wrap the "
+                             "environment such that all agents are there from the reset on, and "
+                             "do nothing until they come")
         view = self.view(obs, rewards, terminated, truncated)
         self.returns += view["reward"]
         self.length += 1
@@ -2869,6 +2888,8 @@ def evaluate(agent: SocialDreamer, args: SocialArgs, episodes: int, run_name: st
     own = scores.mean(1) if table.all_learn else scores[np.arange(episodes), learner]
     measures = skill(agent.actions.heads, *(torch.stack(x) for x in zip(*steps)))
     tom = {name: float(x) for name, x in measures.items() if not x.isnan()}
+    if "skill" in tom and "bayes" not in tom:  # there is no ideal observer to compare with
+        tom["nats_saved"] = tom.pop("skill")
     return {"returns": own.tolist(), "team_returns": scores.sum(1).tolist(), "tom": tom}
 
 def evaluate_partners(agent: SocialDreamer, args: SocialArgs, pool: Pool | None,

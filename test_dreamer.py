@@ -2956,6 +2956,50 @@ def test_bad_input_about_teams_is_an_input_error_that_names_the_value(folder, va
         M.main(team_args(**{"partners": "scripted", **values}))
     assert not list(folder.iterdir())
 
+class Late(Toy):
+    """The last agent comes with the second step; and again, if it left, with the fourth."""
+    def __init__(self, there_at_first=False):
+        super().__init__()
+        self.there_at_first = there_at_first
+
+    def reset(self, seed=None, options=None):
+        obs, info = super().reset()
+        if not self.there_at_first:
+            self.agents = self.agents[:2]
+        return obs, info
+
+    def step(self, actions):
+        result = super().step(actions)
+        if self.t == 1 and self.there_at_first:
+            self.agents = self.agents[:2]
+        elif self.t in (2, 4):
+            self.agents = self.agents + ["agent_2"]
+        return result
+
+@pytest.mark.parametrize("there_at_first", [False, True])
+def test_an_agent_that_comes_late_or_returns_is_an_input_error(there_at_first):
+    seats = M.Seats(Late(there_at_first))
+    seats.reset(seed=0)
+    seats.step(np.zeros((3, 4), np.float32))
+    with pytest.raises(M.InputError, match="'agent_2' came after"):
+        seats.step(np.zeros((3, 4), np.float32))
+
+def test_without_an_ideal_observer_the_saved_nats_are_called_so(monkeypatch):
+    monkeypatch.setattr(M, "make_parallel", lambda args, render=False: Toy())
+    args = team_args(partners="self")
+    agent = M.SocialDreamer(*M.seat_spaces(args)[:2], args, 3)
+    tom = M.evaluate(agent, args, 2)["tom"]
+    assert {"cross_entropy", "marginal", "accuracy", "nats_saved"} == tom.keys()
+    close(tom["nats_saved"], 1 - tom["cross_entropy"] / tom["marginal"], rtol=1e-4)
+
+def test_another_version_of_a_module_is_named(monkeypatch, tmp_path):
+    (tmp_path / "zoo").mkdir()
+    for name in ("__init__", "pistonball_v6", "other_v1"):
+        (tmp_path / "zoo" / f"{name}.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(M.InputError, match=r"there are zoo.pistonball_v6$"):
+        M.make_parallel(team_args(env_id="zoo.pistonball_v5"))
+
 def test_one_seat_is_an_input_error():
     with pytest.raises(M.InputError, match="seats 1"):
         make_team(seats=1)
