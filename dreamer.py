@@ -529,6 +529,8 @@ class RSSM(nn.Module):
         sequence   h_t = f(h_{t-1}, z_{t-1}, a_{t-1})      block GRU
         posterior  z_t ~ q(z_t | h_t, x_t)                 where x_t is seen
         prior      z_t ~ p(z_t | h_t)                      in dreams"""
+    kl_groups = 1  # groups of latents whose KL has free nats of its own
+
     def __init__(self, tokens: int, actions: int, size: Size):
         super().__init__()
         self.size = size
@@ -1757,6 +1759,7 @@ class Run:
         self.eval_returns = []
         self.metrics = {}
         self.announced = False  # how long it will take
+        self.above_floor = 0  # last update at which the KL was known to be above its free nats
 
     def make_envs(self) -> gym.vector.VectorEnv:
         args = self.args
@@ -1825,6 +1828,8 @@ class Run:
             raise InputError(f"{self.dir} is another run's, begun in the same second: start again, "
                              "or give this one an --exp-name") from None
         writer = SummaryWriter(str(self.dir))
+        pair = "diagnostics/tar", "diagnostics/real_return"  # λ-returns of dreams, and of the replay
+        writer.add_custom_scalars({"returns": {"dreamed and real": ["Multiline", list(pair)]}})
         rows = [f"|{name}|{value}|" for name, value in vars(args).items()]
         writer.add_text("hyperparameters", "\n".join(["|param|value|", "|-|-|", *rows]))
         print(*(f"{name} = {value}" for name, value in vars(args).items()), sep="\n")
@@ -1912,6 +1917,14 @@ class Run:
             left = (self.args.total_timesteps - self.step) * self.args.train_ratio / batch_steps
             self.bar.write(f"{left:,.0f} updates to come, about {left / speed / 3600:.1f} hours; a "
                            "smaller --size, --train-ratio or --total-timesteps takes less")
+        floor = self.args.free_nats * self.agent.wm.rssm.kl_groups
+        if values["losses/dyn"] > 1.00001 * floor:
+            self.above_floor = self.updates
+        elif self.updates >= self.above_floor + 1000:
+            self.bar.write(f"warning: the KL was at its {floor:g} free nats for "
+                           f"{self.updates - self.above_floor:,} updates, so latents say next to "
+                           "nothing: raise --rec-scale, or lower --free-nats")
+            self.above_floor = self.updates
         if not math.isfinite(values["losses/total"]):
             raise InputError(f"the loss became {values['losses/total']} at step {self.step}: lower "
                              "--learning-rate, or --resume from what --checkpoint-every saved")

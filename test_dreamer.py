@@ -1575,6 +1575,25 @@ class Picture(Lengths):
 for kind in (Sized, Words, WordsAndNumbers, Picture):
     register(kind.__name__, kind)
 
+def test_a_kl_that_stays_at_its_free_nats_is_warned_of_every_thousand_updates(script):
+    run = object.__new__(script.module.Run)
+    run.agent = script.make_agent(free_nats=0.5)
+    run.args = run.agent.args
+    run.step, run.ranks, run.episodes, run.announced, run.above_floor = 0, 1, [], True, 0
+    run.buffer, run.writer, written = integers(steps=1), None, []
+    run.bar = types.SimpleNamespace(set_postfix=lambda **_: None, write=written.append)
+    run.progress = lambda: {"sps": 1.0, "updates_per_second": 1.0}
+    floor = 0.5 * run.agent.wm.rssm.kl_groups
+    warned = []
+    for run.updates in range(0, 4000, 250):
+        dyn = floor + 0.1 * (run.updates == 1500)
+        run.metrics = {"losses/dyn": torch.tensor(dyn), "losses/total": torch.tensor(1.0)}
+        run.log_metrics()
+        if written:
+            assert f"{floor:g} free nats for 1,000 updates" in written.pop()
+            warned.append(run.updates)
+    assert warned == [1000, 2500, 3500]
+
 def test_text_is_left_out_of_observations_with_one_warning_for_all_environments(recwarn):
     thunks = [D.make_env(args_of(env_id="test/WordsAndNumbers-v0"), i, False, "") for i in range(3)]
     assert all(list(thunk().observation_space) == ["obs"] for thunk in thunks)
