@@ -48,6 +48,7 @@ import collections
 import contextlib
 import dataclasses
 import datetime
+import functools
 import gc
 import importlib
 import itertools
@@ -161,6 +162,7 @@ class Args:
     buffer_size: int = 5_000_000  # steps in the replay, over all environments
     batch_size: int = 16  # sequences in a batch
     batch_length: int = 64  # steps in a sequence
+    accumulate: int = 1  # parts of a batch that take turns, to save memory; the update is the same
     train_ratio: float = 32.0  # steps replayed for each environment step
     learning_rate: float = 4e-5  # step size of LaProp
     warmup: int = 1000  # updates over which the step size rises linearly from zero
@@ -203,6 +205,9 @@ class Args:
         for name, (least, most) in ranges.items():
             if not least <= getattr(self, name) <= most:  # NaN is in no range
                 raise InputError(f"{name} {getattr(self, name)}: take {least:g} to {most:g}")
+        if self.accumulate < 1 or self.batch_size % self.accumulate:
+            raise InputError(f"accumulate {self.accumulate}: take a divisor of batch_size "
+                             f"{self.batch_size}")
         self.env_arguments()
         gpu = self.cuda and torch.cuda.is_available()
         if self.buffer_device == "cuda" and not (gpu or self.evaluate):
@@ -891,13 +896,14 @@ class ReturnNormalizer(nn.Module):
     @torch.no_grad()
     def forward(self, returns: Tensor) -> Tensor:
         """Moves the range towards that of `returns`, of any shape, and gives the scale (). Under
-        torchrun it is the range of all processes' returns together."""
+        torchrun it is the range of all processes' returns together. In eval mode it stays."""
         returns = returns.flatten().float()
-        if distributed.is_initialized():
+        if self.training and distributed.is_initialized():
             parts = [torch.empty_like(returns) for _ in range(distributed.get_world_size())]
             distributed.all_gather(parts, returns)
             returns = torch.cat(parts)
-        self.range.lerp_(torch.quantile(returns, self.percentiles), self.rate)
+        if self.training:
+            self.range.lerp_(torch.quantile(returns, self.percentiles), self.rate)
         return (self.range[1] - self.range[0]).clamp(min=1)
 
 def imagination_loss(policy: Joint, action: Tensor, critic: SymexpTwoHot, slow_value: Tensor,
@@ -1123,10 +1129,8 @@ class Dreamer(nn.Module):
 
     def learn(self, data: dict[str, Any], noise: Tensors) -> tuple[Tensors, Tensors]:
         """The part of `update` that is only tensors, of shapes that do not change."""
-        # `forward`, with weights in the number format of updates
-        loss, metrics, latents = torch.func.functional_call(self, self.cast(), (data, noise))
         self.optimizer.zero_grad()
-        loss.backward()
+        metrics, latents = self.backward(data, noise)
         average_over_processes([p.grad for p in self.learned])
         norms = self.optimizer.step()
         with torch.no_grad():  # the slow critic follows the updated critic
@@ -1138,10 +1142,35 @@ class Dreamer(nn.Module):
                 torch._foreach_lerp_(self.averages, self.learned, self.args.average)
         return metrics | {f"diagnostics/{name}": x for name, x in norms.items()}, latents
 
+    def backward(self, data: dict[str, Any], noise: Tensors) -> tuple[Tensors, Tensors]:
+        """Gradients of a batch; returns means of metrics, and latents. Parts of the batch follow
+        each other, and the gradients are those of one pass."""
+        flat, spec = tree_flatten((data, noise))
+        pieces = zip(*(x.chunk(self.args.accumulate) for x in flat))  # noise (B·T, …) has B outside
+        parts = [tree_unflatten(list(piece), spec) for piece in pieces]
+        run = functools.partial(torch.func.functional_call, self)  # of `forward`
+        if len(parts) > 1:  # the range of returns must be that of all parts
+            self.retnorm.eval()
+            with torch.no_grad():
+                weights = self.cast()
+                returns = [run(weights, part)[2]["returns"] for part in parts]
+            self.retnorm.train()(torch.cat(returns))
+            self.retnorm.eval()
+        results = []
+        for part in parts:
+            loss, metrics, outputs = run(self.cast(), part)  # in the number format of updates
+            (loss / len(parts)).backward()
+            results.append((metrics, outputs))
+        self.retnorm.train()
+        metrics = {name: torch.stack([m[name] for m, _ in results]).mean(0) for name in metrics}
+        latents = {name: torch.cat([x[name] for _, x in results]) for name in ("deter", "stoch")}
+        return metrics, latents
+
     def forward(self, data: dict[str, Any],
                 noise: dict[str, Any]) -> tuple[Tensor, Tensors, Tensors]:
         """The whole objective. noise: uniform numbers as learning_noise draws them, or Nones for
-        modes. Returns the loss (), metrics (), and the new latents as the replay stores them."""
+        modes. Returns the loss (), metrics (), and "deter", "stoch" (B, T, …), the new latents as
+        the replay stores them, and "returns" (N, H), the λ-returns of dreams."""
         # observe: hₜ and zₜ from what was seen
         states = self.wm.observe(data, noise["posterior"])
         # predict: observations, rewards, ends, and the latents themselves
@@ -1163,8 +1192,9 @@ class Dreamer(nn.Module):
         report = {f"losses/{name}": x.detach() for name, x in means.items()}
         # copies, since some are views of buffers that later updates change
         report |= {f"diagnostics/{name}": x.detach().clone() for name, x in metrics.items()}
-        latents = {"deter": states["deter"], "stoch": self.wm.rssm.pack(states["stoch"])}
-        return means["total"], report, {name: x.detach() for name, x in latents.items()}
+        outputs = {"deter": states["deter"].detach(), "returns": returns,
+                   "stoch": self.wm.rssm.pack(states["stoch"]).detach()}
+        return means["total"], report, outputs
 
     def loss_scales(self) -> dict[str, float]:
         """Weight of every loss: the argument {name}_scale, or 1."""

@@ -43,6 +43,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import functools
 import gc
 import importlib
 import itertools
@@ -126,6 +127,7 @@ class Args:
     buffer_size: int = 5_000_000  # steps in the replay, over all environments
     batch_size: int = 16  # sequences in a batch
     batch_length: int = 64  # steps in a sequence
+    accumulate: int = 1  # parts of a batch that take turns, to save memory; the update is the same
     train_ratio: float = 32.0  # steps replayed for each environment step
     learning_rate: float = 4e-5  # step size of LaProp
     warmup: int = 1000  # updates over which the step size rises linearly from zero
@@ -168,6 +170,9 @@ class Args:
         for name, (least, most) in ranges.items():
             if not least <= getattr(self, name) <= most:  # NaN is in no range
                 raise InputError(f"{name} {getattr(self, name)}: take {least:g} to {most:g}")
+        if self.accumulate < 1 or self.batch_size % self.accumulate:
+            raise InputError(f"accumulate {self.accumulate}: take a divisor of batch_size "
+                             f"{self.batch_size}")
         self.env_arguments()
         gpu = self.cuda and torch.cuda.is_available()
         if self.buffer_device == "cuda" and not (gpu or self.evaluate):
@@ -856,13 +861,14 @@ class ReturnNormalizer(nn.Module):
     @torch.no_grad()
     def forward(self, returns: Tensor) -> Tensor:
         """Moves the range towards that of `returns`, of any shape, and gives the scale (). Under
-        torchrun it is the range of all processes' returns together."""
+        torchrun it is the range of all processes' returns together. In eval mode it stays."""
         returns = returns.flatten().float()
-        if distributed.is_initialized():
+        if self.training and distributed.is_initialized():
             parts = [torch.empty_like(returns) for _ in range(distributed.get_world_size())]
             distributed.all_gather(parts, returns)
             returns = torch.cat(parts)
-        self.range.lerp_(torch.quantile(returns, self.percentiles), self.rate)
+        if self.training:
+            self.range.lerp_(torch.quantile(returns, self.percentiles), self.rate)
         return (self.range[1] - self.range[0]).clamp(min=1)
 
 def imagination_loss(policy: Joint, action: Tensor, critic: SymexpTwoHot, slow_value: Tensor,
@@ -1088,10 +1094,8 @@ class Dreamer(nn.Module):
 
     def learn(self, data: dict[str, Any], noise: Tensors) -> tuple[Tensors, Tensors]:
         """The part of `update` that is only tensors, of shapes that do not change."""
-        # `forward`, with weights in the number format of updates
-        loss, metrics, latents = torch.func.functional_call(self, self.cast(), (data, noise))
         self.optimizer.zero_grad()
-        loss.backward()
+        metrics, latents = self.backward(data, noise)
         average_over_processes([p.grad for p in self.learned])
         norms = self.optimizer.step()
         with torch.no_grad():  # the slow critic follows the updated critic
@@ -1103,10 +1107,35 @@ class Dreamer(nn.Module):
                 torch._foreach_lerp_(self.averages, self.learned, self.args.average)
         return metrics | {f"diagnostics/{name}": x for name, x in norms.items()}, latents
 
+    def backward(self, data: dict[str, Any], noise: Tensors) -> tuple[Tensors, Tensors]:
+        """Gradients of a batch; returns means of metrics, and latents. Parts of the batch follow
+        each other, and the gradients are those of one pass."""
+        flat, spec = tree_flatten((data, noise))
+        pieces = zip(*(x.chunk(self.args.accumulate) for x in flat))  # noise (B·T, …) has B outside
+        parts = [tree_unflatten(list(piece), spec) for piece in pieces]
+        run = functools.partial(torch.func.functional_call, self)  # of `forward`
+        if len(parts) > 1:  # the range of returns must be that of all parts
+            self.retnorm.eval()
+            with torch.no_grad():
+                weights = self.cast()
+                returns = [run(weights, part)[2]["returns"] for part in parts]
+            self.retnorm.train()(torch.cat(returns))
+            self.retnorm.eval()
+        results = []
+        for part in parts:
+            loss, metrics, outputs = run(self.cast(), part)  # in the number format of updates
+            (loss / len(parts)).backward()
+            results.append((metrics, outputs))
+        self.retnorm.train()
+        metrics = {name: torch.stack([m[name] for m, _ in results]).mean(0) for name in metrics}
+        latents = {name: torch.cat([x[name] for _, x in results]) for name in ("deter", "stoch")}
+        return metrics, latents
+
     def forward(self, data: dict[str, Any],
                 noise: dict[str, Any]) -> tuple[Tensor, Tensors, Tensors]:
         """The whole objective. noise: uniform numbers as learning_noise draws them, or Nones for
-        modes. Returns the loss (), metrics (), and the new latents as the replay stores them."""
+        modes. Returns the loss (), metrics (), and "deter", "stoch" (B, T, …), the new latents as
+        the replay stores them, and "returns" (N, H), the λ-returns of dreams."""
         # observe: hₜ and zₜ from what was seen
         states = self.wm.observe(data, noise["posterior"])
         # predict: observations, rewards, ends, and the latents themselves
@@ -1128,8 +1157,9 @@ class Dreamer(nn.Module):
         report = {f"losses/{name}": x.detach() for name, x in means.items()}
         # copies, since some are views of buffers that later updates change
         report |= {f"diagnostics/{name}": x.detach().clone() for name, x in metrics.items()}
-        latents = {"deter": states["deter"], "stoch": self.wm.rssm.pack(states["stoch"])}
-        return means["total"], report, {name: x.detach() for name, x in latents.items()}
+        outputs = {"deter": states["deter"].detach(), "returns": returns,
+                   "stoch": self.wm.rssm.pack(states["stoch"]).detach()}
+        return means["total"], report, outputs
 
     def loss_scales(self) -> dict[str, float]:
         """Weight of every loss: the argument {name}_scale, or 1."""
@@ -2192,13 +2222,17 @@ class SocialDreamer(Dreamer):
 
     def training_data(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         """Also: the joint actions before each step, and the teammates' at it. "acts" (B, T, K-1) is
-        1 where a teammate acts while ego is there to see it; after an end nobody acts."""
+        1 where a teammate acts while ego is there to see it; after an end nobody acts. "share"
+        (B, 2) says how much of the batch is valid, with and without the last step."""
         names = ("action", "teammates", "active", "valid", "bayes", "is_last")
         x = {name: batch[name].to(self.device, non_blocking=True) for name in names}
         x["acts"] = (x["active"] & (x["valid"] & ~x["is_last"])[..., None]).float()
         joint = self.wm.joint(x["action"], x["teammates"])
         now = {name: value[:, 1:] for name, value in x.items()}
-        return super().training_data(batch) | now | {"prev_action": joint[:, :-1]}
+        valid = now["valid"].float()
+        share = torch.stack([valid.mean(), valid[:, :-1].mean()]).clamp(min=1e-9)
+        return super().training_data(batch) | now | {
+            "prev_action": joint[:, :-1], "share": share.expand(len(valid), 2)}
 
     def learning_noise(self, data: dict[str, Any]) -> Tensors:
         """The noise of an action (N, H, K·…): ego's numbers, then the teammates'."""
@@ -2236,14 +2270,11 @@ class SocialDreamer(Dreamer):
 
     def mask(self, losses: Tensors, data: dict[str, Any]) -> Tensors:
         """Losses whose means over all elements are means over the steps where ego is there."""
-        here = data["valid"].float()  # (B, T)
+        valid = data["valid"].float()
+        here = valid / data["share"][:, :1]  # (B, T)
         dreams = here.flatten()[:, None]  # (N, 1)
-        masks = {"repval": here[:, :-1], "policy": dreams, "value": dreams}
-        masked = {}
-        for name, x in losses.items():
-            mask = masks.get(name, here)
-            masked[name] = x * mask / mask.mean().clamp(min=1e-9)
-        return masked
+        masks = {"repval": valid[:, :-1] / data["share"][:, 1:], "policy": dreams, "value": dreams}
+        return {name: x * masks.get(name, here) for name, x in losses.items()}
 
 # ----------------------------------------------------------------------------- the game inside
 

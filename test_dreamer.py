@@ -1057,6 +1057,20 @@ def test_a_saved_and_loaded_agent_makes_the_identical_next_update_and_action(scr
     actions = [x.act(obs, None, np.ones(7, bool))[0] for x in (agent, other)]
     assert np.array_equal(*actions)
 
+@pytest.mark.parametrize("parts", [2, 4])
+def test_an_update_in_parts_is_that_of_one_pass(script, parts):
+    whole, divided = (calm(script.make_agent(perturb=0.1, accumulate=n)) for n in (1, parts))
+    batch = script.batch(whole)
+    for _ in range(2):
+        (ours, latents), (theirs, parted) = whole.update(batch), divided.update(batch)
+        for name in (x for x in ours if x.startswith("losses/")):
+            close(theirs[name], ours[name], rtol=1e-4)
+        for name, x in latents.items():
+            close(parted[name].float(), x.float())
+    close(divided.retnorm.range, whole.retnorm.range)
+    for name, p in weights(whole).items():
+        close(weights(divided)[name], p, rtol=1e-4)
+
 def test_an_agent_saved_on_another_device_is_restored_but_for_its_generators():
     saved, agent = make_agent(perturb=0.1).state_dict(), make_agent(seed=7)
     state = agent.act_rng.get_state()
@@ -1796,6 +1810,8 @@ MISTAKES = {  # what was done, and what the message must name
         "batch_length.*25.*104"),
     "a buffer in which no batch ever comes together": (
         lambda: D.Args.preset("CartPole-v1", num_envs=1, buffer_size=250).check(), "250.*289"),
+    "parts of different size": (
+        lambda: args_of(batch_size=4, accumulate=3).check(), "accumulate 3.*divisor.*4"),
     "to resume and to evaluate at once": (
         lambda: args_of(resume="a", evaluate="b").check(), "resume.*'a'.*evaluate.*'b'"),
     "a replay on a GPU that is not used": (
