@@ -1,12 +1,28 @@
-"""DreamerV3 without a decoder: what a state says about an observation is learned by decorrelation.
+"""DreamerV3 of which one flag chooses what shapes the representation; at first without a decoder.
 
     python variants/decoder_free.py --env-id CartPole-v1       # takes every flag of dreamer.py
+    python variants/decoder_free.py --grad-heads decoder reward cont value       # plain DreamerV3
+    python variants/decoder_free.py --grad-heads reward cont value               # rewards and ends
+    python variants/decoder_free.py --grad-heads barlow --probe                  # see below
 
-Follows R2-Dreamer (arXiv 2603.18202). The reconstruction loss is replaced: a linear map of
-feat = [h, z] has to predict every number of the encoder's tokens, and numbers that differ must not
-be correlated, as in Barlow Twins (arXiv 2103.03230). There is neither a decoder nor augmentation.
-Weights of the loss and of its second term are those of the paper's code. Reward and continue heads
-shape the representation as before.
+Heads     learn from states (h, z). Those named by --grad-heads shape the states too:
+
+          decoder  reconstructs the observation
+          barlow   describes the observation without reconstructing it
+          reward   predicts the reward            ┐
+          cont     predicts whether x_t is an end ├ from a detached state where they are not named
+          value    the critic on replayed steps   ┘
+
+          The last three are needed by dreams, and always exist. The first two serve nothing but the
+          representation, and exist only if named. The two KL losses always shape the states: with
+          no name at all they are left alone. --probe adds the decoder where it is not named. Then
+          it reads a detached state: "losses/rec" measures how much of the observation the state
+          still holds, and dreams have pictures.
+
+Barlow    follows R2-Dreamer (arXiv 2603.18202). A linear map of feat = [h, z] has to predict every
+          number of the encoder's tokens, and numbers that differ must not be correlated, as in
+          Barlow Twins (arXiv 2103.03230). There is neither a decoder nor augmentation. Weights of
+          the loss and of its second term are those of the paper's code.
 
 Deviations from the paper: it learns from images; here tokens may come from vectors too. It learns
 its initial state; here that is zero, as in DreamerV3.
@@ -16,19 +32,31 @@ Measured: that it runs, saves, resumes and is evaluated (test_variants.py). No l
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
+import torch.nn as nn
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dreamer
 from dreamer import Tensors
 
+Head = Literal["decoder", "barlow", "reward", "cont", "value"]
+
 @dataclasses.dataclass
 class Args(dreamer.Args):
     exp_name: str = "decoder_free"  # name of the experiment, part of the run's name
+    # heads whose losses shape the representation; the others read a detached state
+    grad_heads: tuple[Head, ...] = ("barlow", "reward", "cont", "value")
+    probe: bool = False  # keep a decoder that reads a detached state, if it is not named above
     barlow_scale: float = 0.05  # weight of the loss that takes the place of the reconstruction
     redundancy: float = 5e-4  # weight of the correlations between different numbers
+
+    def check(self) -> None:
+        super().check()
+        for name in set(self.grad_heads) - set(get_args(Head)):
+            raise dreamer.InputError(f"grad_heads {name!r} does not exist: choose among "
+                                     f"{', '.join(get_args(Head))}")
 
 def barlow_loss(x: Tensor, y: Tensor, redundancy: float) -> Tensor:
     """Two descriptions (N, E) of the same N things → loss (): 0 where number i of x is perfectly
@@ -41,18 +69,30 @@ def barlow_loss(x: Tensor, y: Tensor, redundancy: float) -> Tensor:
     different = correlation.square().sum() - same.square().sum()
     return (1 - same).square().sum() + redundancy * different
 
+def detach_inputs(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Called with what a head is about to read."""
+    return tuple(x.detach() for x in inputs)
+
 class WorldModel(dreamer.WorldModel):
     def make_heads(self, feat: int, units: int) -> None:
         super().make_heads(feat, units)
-        self.decoder = None
-        self.projector = dreamer.Linear(feat, self.encoder.size)
+        named = self.args.grad_heads
+        if "decoder" not in named and not self.args.probe:
+            self.decoder = None
+        self.projector = dreamer.Linear(feat, self.encoder.size) if "barlow" in named else None
+        for name in ("decoder", "reward", "cont"):
+            head = getattr(self, name)
+            if head is not None and name not in named:
+                head.register_forward_pre_hook(detach_inputs)
 
     def reconstruction(self, states: Tensors, data: dict[str, Any]) -> Tensors:
-        return {}
+        return super().reconstruction(states, data) if self.decoder is not None else {}
 
     def extra_losses(self, states: Tensors, data: dict[str, Any]) -> Tensors:
         """The loss "barlow" () over all states of a batch. As targets, tokens have no gradient:
         else the encoder could make them easy to predict."""
+        if self.projector is None:
+            return {}
         feat = dreamer.features(states).flatten(0, 1)  # (B·T, D + S·C)
         tokens = states["tokens"].detach().flatten(0, 1)  # (B·T, E)
         predicted = self.projector(feat)
@@ -60,11 +100,17 @@ class WorldModel(dreamer.WorldModel):
 
     def open_loop(self, data: dict[str, Any], context: int, noise: Tensor) -> Tensors:
         """Without a decoder there are no pictures of dreams."""
-        return {}
+        return super().open_loop(data, context, noise) if self.decoder is not None else {}
 
 class DecoderFree(dreamer.Dreamer):
     def make_world_model(self) -> WorldModel:
         return WorldModel(self.observations.specs, self.actions.size, self.args)
+
+    def judge_replay(self, states: Tensors, data: dict[str, Any], returns: Tensor):
+        """As in the base, from detached states where --grad-heads does not name the value."""
+        if "value" not in self.args.grad_heads:
+            states = {name: x.detach() for name, x in states.items()}
+        return super().judge_replay(states, data, returns)
 
 if __name__ == "__main__":
     dreamer.command_line(Args, DecoderFree)

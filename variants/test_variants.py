@@ -11,10 +11,14 @@ from gymnasium.spaces import Box, Discrete
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import decoder_free
+import plan2explore
+import planning
 
 import dreamer
 
-VARIANTS = {"decoder_free": decoder_free.DecoderFree}
+VARIANTS = {"decoder_free": decoder_free.DecoderFree,
+            "plan2explore": plan2explore.make_agent, "planning": planning.Planner}
+SMALL = {"planning": dict(plan_horizon=2, plan_candidates=8)}  # what else keeps a test short
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
@@ -60,7 +64,7 @@ def test_a_variant_trains_saves_resumes_and_is_evaluated_by_the_code_of_the_base
     monkeypatch.chdir(tmp_path)
     args = importlib.import_module(name).Args.preset(
         "CartPole-v1", size="tiny", cuda=False, threads=1, batch_size=2, num_envs=2,
-        total_timesteps=60, eval_episodes=1)
+        total_timesteps=60, eval_episodes=1, **SMALL.get(name, {}))
     first = dreamer.main(args, VARIANTS[name])
     assert first["updates"] > 0
     run, = (str(path) for path in Path("runs").iterdir())
