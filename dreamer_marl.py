@@ -2259,8 +2259,8 @@ class SocialDreamer(Dreamer):
 
     def dream_starts(self, states: Tensors, data: dict[str, Any]) -> Tensors:
         """Dreams begin where ego is in the game. In place of each other step one of those stands,
-        so that shapes do not depend on data; `mask` leaves its dream out. Who is active stays so.
-        """
+        so that shapes do not depend on data; `mask` leaves its dream out, but its returns count in
+        their range, the only thing in which `accumulate` is not exact. Who is active stays so."""
         start = super().dream_starts(states, data) | {"active": data["active"].flatten(0, 1)}
         here = data["valid"].flatten()  # (N,)
         order = (~here).int().argsort(stable=True)  # the steps where ego is come first

@@ -25,7 +25,8 @@ Barlow    follows R2-Dreamer (arXiv 2603.18202). A linear map of feat = [h, z] h
           the loss and of its second term are those of the paper's code.
 
 Deviations from the paper: it learns from images; here tokens may come from vectors too. It learns
-its initial state; here that is zero, as in DreamerV3.
+its initial state; here that is zero, as in DreamerV3. With --accumulate, correlations are those of
+a part of the batch, so that the update is not that of one pass.
 
 Measured: that it runs, saves, resumes and is evaluated (test_variants.py). No learning result yet.
 """
