@@ -1257,15 +1257,18 @@ class Dreamer(nn.Module):
         self.ent_coef.fill_(args.ent_coef * (left if args.anneal_ent else 1.0))
 
     @contextlib.contextmanager
-    def averaged(self):
-        """Within it the agent has the average of its weights, if args.average keeps one."""
+    def evaluating(self):
+        """Within it the agent is in eval mode, and has the average of its weights if args.average
+        keeps one."""
         own = [p.detach().clone() for p in self.learned]
+        self.eval()
         with torch.no_grad():
             for p, x in zip(self.learned, self.averages):
                 p.copy_(x)
             try:
                 yield
             finally:
+                self.train()
                 for p, x in zip(self.learned, own):
                     p.copy_(x)
 
@@ -1310,7 +1313,7 @@ class Dreamer(nn.Module):
     def accelerate(self) -> None:
         """Captures and compiles what lies above, which computes the same without."""
         capture = self.device.type == "cuda" and self.args.cuda_graph
-        self.fast_choose = Captured(self.choose) if capture else self.choose
+        self.fast_choose = Captured(self.choose, lambda: self.training) if capture else self.choose
         self.fast_learn = Captured(self.learn) if capture else self.learn
         for owner, name in self.compiled() if self.args.compile else ():
             setattr(owner, name, torch.compile(getattr(owner, name)))
@@ -1338,15 +1341,16 @@ def average_over_processes(tensors: list[Tensor]) -> None:
 
 class Captured:
     """A function of trees of tensors, recorded as a CUDA graph: one launch in place of thousands.
-    For each new shape two calls warm up, and the third records. A result lasts until the next call.
-    """
-    def __init__(self, function: Callable):
+    For each new shape two calls warm up, and the third records. So it is for each value of `mode()`,
+    which tells apart what a recording fixes. A result lasts until the next call."""
+    def __init__(self, function: Callable, mode: Callable[[], Any] = bool):
         self.function = function
+        self.mode = mode
         self.graphs = {}
 
     def __call__(self, *inputs: Any) -> Any:
         flat, spec = tree_flatten(inputs)
-        key = tuple(x.shape for x in flat)
+        key = (self.mode(), *(x.shape for x in flat))
         entry = self.graphs.setdefault(key, {"calls": 0, "inputs": [x.clone() for x in flat]})
         entry["calls"] += 1
         torch._foreach_copy_(entry["inputs"], flat)
@@ -1636,7 +1640,7 @@ def evaluate(agent: Dreamer, args: Args, episodes: int, run_name: str = "eval",
     returns = np.zeros(episodes)
     is_first = ~done
     running = ~done
-    with preserve_randomness(agent.act_rng), agent.averaged(), contextlib.closing(
+    with preserve_randomness(agent.act_rng), agent.evaluating(), contextlib.closing(
             make_vector_env(args, episodes, run_name, seeds, capture_video)) as envs:
         obs, _ = envs.reset(seed=seeds)
         for _ in range(max_steps):

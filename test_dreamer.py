@@ -979,11 +979,11 @@ def test_evaluations_play_the_average_of_the_weights_and_put_the_learned_ones_ba
     loaded.load_state_dict(agent.state_dict())
     for x in (agent, loaded):
         before = weights(x)
-        with x.averaged():
+        with x.evaluating():
             for p, expected in zip(x.learned, mean):
                 close(p, expected)
         same(weights(x), before)
-    with plain.averaged():
+    with plain.evaluating():
         same(weights(plain), before)
 
 def test_an_evaluation_plays_the_averaged_agent(script, monkeypatch):
@@ -1172,6 +1172,15 @@ def test_what_is_recorded_meets_the_tensors_that_it_was_warmed_up_with(monkeypat
         function(torch.arange(i, i + 6).view(2, 3)[:, 1:])  # a view, as in Dreamer.training_data
     assert [x for *_, x in seen] == [[[i + 1, i + 2], [i + 4, i + 5]] for i in range(3)]
     assert len({(address, stride) for address, stride, _ in seen}) == 1
+
+def test_what_a_recording_fixes_is_recorded_for_each_mode(monkeypatch):
+    stand_in_for_graphs(monkeypatch, lambda _: contextlib.nullcontext())
+    agent, calls = make_agent(), []
+    function = D.Captured(lambda x: calls.append(agent.training), lambda: agent.training)
+    for training in (True, True, True, True, False, False, False, True, False):
+        agent.train(training)
+        function(torch.zeros(2))
+    assert calls == 3 * [True] + 3 * [False]  # all others were replayed
 
 @slow
 def test_compiled_code_is_not_compiled_anew_when_it_is_recorded(monkeypatch):

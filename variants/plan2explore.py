@@ -14,7 +14,6 @@ REINFORCE. Returns are divided by their range. The ensemble's critic learns in d
 
 Measured: that it runs, saves, resumes and is evaluated (test_plan2explore.py). No result yet.
 """
-import contextlib
 import dataclasses
 import sys
 from pathlib import Path
@@ -80,7 +79,7 @@ class RangeNormalizer(dreamer.ReturnNormalizer):
         return (self.range[1] - self.range[0]).clamp(min=1e-8)
 
 class Explorer(dreamer.Dreamer):
-    """The plain agent, whose actions in the environment are noisy while it explores."""
+    """The plain agent. While it explores, its actions are noisy, but for those of evaluations."""
     def make_actor_critic(self, feat: int, units: int) -> None:
         super().make_actor_critic(feat, units)
         self.register_buffer("exploring", torch.ones(()), persistent=False)
@@ -90,7 +89,7 @@ class Explorer(dreamer.Dreamer):
         self.exploring.fill_(progress * self.args.total_timesteps < self.args.explore_steps)
 
     def choose_action(self, state: Tensors, noise: Tensor | None) -> Tensor:
-        level = self.args.action_noise * self.exploring
+        level = self.args.action_noise * self.exploring * self.training
         parts = self.actor(features(state)).parts
         for i, part in enumerate(parts):
             if isinstance(part, dreamer.OneHot):  # (1 − ε) · π + ε / C
@@ -98,14 +97,6 @@ class Explorer(dreamer.Dreamer):
             else:  # independent deviations add up as squares
                 parts[i] = dreamer.Normal(part.mean, (part.std**2 + level**2).sqrt())
         return dreamer.Joint(parts).sample(noise)
-
-    @contextlib.contextmanager
-    def averaged(self):
-        exploring = self.exploring.clone()
-        self.exploring.zero_()  # evaluations are without noise
-        with super().averaged():
-            yield
-        self.exploring.copy_(exploring)
 
 class Plan2Explore(Explorer):
     def make_world_model(self) -> WorldModel:

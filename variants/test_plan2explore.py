@@ -208,7 +208,7 @@ def test_noise_on_numbers_adds_its_variance_and_ends_with_exploring_and_in_evalu
     noise = torch.rand(40_000, 2)
     deviation = agent.choose_action(many, noise).std(0)
     torch.testing.assert_close(deviation, (policy.std[0]**2 + 4).sqrt(), rtol=0.03, atol=0)
-    with agent.averaged():
+    with agent.evaluating():
         torch.testing.assert_close(agent.choose_action(many, noise), policy.sample(noise))
     assert float(agent.exploring) == 1
     agent.anneal(1.0)

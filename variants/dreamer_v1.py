@@ -1,0 +1,158 @@
+"""DreamerV1 over dreamer.py: the actor follows the gradient of the return through the dream.
+
+    python variants/dreamer_v1.py --env-id Pendulum-v1       # takes every flag of dreamer.py
+
+Follows "Dream to Control" (arXiv 1912.01603). Differences from DreamerV3: the latents are Gaussian
+and the recurrent network is a GRU, or an LSTM with --core lstm (gaussian_latents.py). Reward and
+value are means of Gaussians of variance 1. One KL, above 3 free nats, moves prior and posterior
+alike. The actor's loss is minus the mean λ-return of a dream; its gradient passes through values,
+rewards and every step to a policy that is the tanh of a Gaussian. Adam has a step size for each of
+world model, actor and critic. There is neither a slow critic, nor a loss on replayed values, nor an
+entropy bonus. Training adds noise to actions; evaluations play modes, without noise.
+
+Discrete actions: the gradient of a choice is straight-through, as if the one-hot vector were its
+probabilities, which is biased. They get no noise.
+
+Deviations: layers, encoder, decoder, continue head, replay and the bounds of the policy's deviation
+are those of dreamer.py; updates come every few steps, not after episodes; free nats count for each
+state, not for the mean of a batch. The flags agc, warmup, ent-coef, anneal-ent and tau have no
+effect; anneal-lr lowers the step size of the world model alone.
+
+Measured: nothing yet.
+"""
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import dreamer
+import gaussian_latents
+from dreamer import Tensors
+
+dreamer.SIZES["v1"] = dreamer.Size(
+    deter=200, hidden=400, classes=1, depth=16, units=400, latents=30)
+PAPER: dict[str, Any] = dict(
+    size="v1", batch_size=50, batch_length=50, learning_rate=6e-4, gamma=0.99, contdisc=False,
+    free_nats=3.0, rep_scale=1.0, rec_scale=1.0, repval_scale=0.0, average=0.0, anneal_lr=False)
+
+@dataclasses.dataclass
+class Args(gaussian_latents.Args):
+    exp_name: str = "dreamer_v1"  # name of the experiment, part of the run's name
+    size: Literal["v1"] = "v1"  # of the model
+    deterministic: bool = True  # evaluate with modes and without noise; if not, as in training
+    actor_lr: float = 8e-5  # step size of the actor; --learning-rate is that of the world model
+    critic_lr: float = 8e-5  # step size of the critic
+    action_noise: float = 0.3  # deviation of the noise that training adds to actions
+    normalize_returns: bool = False  # divide the actor's returns by their range, as DreamerV3 does
+
+    @classmethod
+    def preset(cls, env_id: str, pixels: bool = False, **overrides: Any) -> "Args":
+        """The values of the paper come before those of the id's suite."""
+        return super().preset(env_id, pixels, **(PAPER | overrides))
+
+class Number(dreamer.Normal):
+    """A number (…), predicted as the mean (…, 1) of a Gaussian."""
+    def pred(self) -> Tensor:
+        return self.mean[..., 0]
+
+    def loss(self, *targets: Tensor) -> Tensor:
+        """Sum of −ln p(target) (…)."""
+        return -sum(self.log_prob(target[..., None]) for target in targets)
+
+class NumberHead(dreamer.MLP):
+    """feat → Number of variance 1."""
+    def forward(self, feat: Tensor) -> Number:
+        mean = super().forward(feat)
+        return Number(mean, torch.ones_like(mean))
+
+class TanhNormal(dreamer.Normal):
+    """A Gaussian whose samples are squashed into (−1, 1). Its density is not needed."""
+    def sample(self, noise: Tensor | None) -> Tensor:
+        return torch.tanh(super().sample(noise))
+
+class Actor(dreamer.Actor):
+    def forward(self, feat: Tensor) -> dreamer.Joint:
+        """The base's means lie in (−1, 1). 5 times as large they reach the ends of tanh."""
+        return dreamer.Joint([
+            TanhNormal(5 * part.mean, part.std) if isinstance(part, dreamer.Normal) else part
+            for part in super().forward(feat).parts])
+
+class Adam(torch.optim.Adam):
+    """Adam, which first scales the gradient of every group down to a norm of at most 100."""
+    def step(self, closure: None = None) -> Tensors:
+        """Returns the norm () of the gradient as it came."""
+        norms = [nn.utils.clip_grad_norm_(group["params"], 100) for group in self.param_groups]
+        super().step()
+        return {"grad_norm": torch.stack(norms).norm()}
+
+class DreamerV1(gaussian_latents.GaussianLatents):
+    def make_world_model(self) -> gaussian_latents.WorldModel:
+        wm = super().make_world_model()
+        wm.reward = NumberHead(wm.rssm.feat_size, wm.size.units, layers=2, outputs=1, outscale=0.0)
+        return wm
+
+    def make_actor_critic(self, feat: int, units: int) -> None:
+        self.actor = Actor(feat, self.actions.heads, units)
+        self.critic = NumberHead(feat, units, layers=3, outputs=1, outscale=0.0)
+        self.slow_critic = self.critic  # there is none: following itself changes nothing
+
+    def make_optimizer(self) -> Adam:
+        args = self.args
+        rates = {self.wm: args.learning_rate, self.actor: args.actor_lr, self.critic: args.critic_lr}
+        groups = [{"params": list(part.parameters()), "lr": torch.tensor(lr, device=self.device)}
+                  for part, lr in rates.items()]
+        return Adam(groups, capturable=self.device.type == "cuda")  # can be in a CUDA graph
+
+    @torch.enable_grad()
+    def dream(self, start: Tensors, noise: dict[str, Any]) -> tuple[Tensors, Tensor]:
+        """The dream of the base, which here keeps its graph."""
+        return super().dream(start, noise)
+
+    def judge(self, dream: Tensors, action: Tensor) -> tuple[Tensors, Tensor, Tensors]:
+        """Losses, λ-returns (N, H) and metrics of dreamed states (N, H + 1, …)."""
+        args = self.args
+        feat = dreamer.features(dream)
+        reward = self.dream_reward(dream)
+        value = self.critic(feat).pred()
+        gamma = 1.0 if args.contdisc else args.gamma  # with contdisc, cont holds it already
+        discount = gamma * self.wm.cont(feat)[..., 0].float().sigmoid()
+        returns = dreamer.lambda_return(reward, value, discount, args.return_lambda)
+        # the discounted probability that the dream still goes on
+        weight = (discount.cumprod(1) / gamma)[:, :-1].detach()
+        scale = self.retnorm(returns) if args.normalize_returns else 1.0
+        critic = self.critic(feat[:, :-1].detach())  # to the critic, a dream is data
+        losses = {"policy": self.for_the_actor(-(weight * returns / scale).mean()),
+                  "value": weight * critic.loss(returns.detach())}
+        metrics = {"rew": reward.mean(), "val": value.mean(), "tar": returns.mean()}
+        return losses, returns.detach(), metrics
+
+    def for_the_actor(self, loss: Tensor) -> Tensor:
+        """The loss () with a gradient for the actor alone, so that world model and critic, through
+        which it passes, do not learn to please the actor."""
+        params = list(self.actor.parameters())
+        grads = torch.autograd.grad(loss, params)
+        linear = sum((grad * p).sum() for grad, p in zip(grads, params))  # its gradient: `grads`
+        return loss.detach() + (linear - linear.detach())
+
+    def acting_noise(self, n: int) -> Tensors:
+        """In addition "exploration" (n, A), which `choose` adds to actions."""
+        kinds = [kind for kind, _ in self.actions.heads.values()]
+        level = self.args.action_noise if self.training and "discrete" not in kinds else 0.0
+        normal = torch.randn(n, self.actions.size, generator=self.act_rng, device=self.device)
+        return super().acting_noise(n) | {"exploration": level * normal}
+
+    def choose(self, obs: Tensors, state: Tensors, is_first: Tensor,
+               noise: dict[str, Any]) -> Tensors:
+        """As in the base. Modes, for which all noise is None, are played as they are."""
+        new = super().choose(obs, state, is_first, noise)
+        if noise["exploration"] is not None:
+            new["action"] = (new["action"] + noise["exploration"]).clamp(-1, 1)
+        return new
+
+if __name__ == "__main__":
+    dreamer.command_line(Args, DreamerV1)
