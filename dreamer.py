@@ -103,13 +103,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         size=OUR_SIZE, num_envs=8, train_ratio=128, total_timesteps=500_000),
     "mujoco": dict(num_envs=16, train_ratio=512, size="1m"),  # ours, after dmc_vector
     "classic_control": dict(  # ours: few and small updates, so that minutes on a CPU suffice
-        size="1m", num_envs=16, train_ratio=20, total_timesteps=24_000, eval_episodes=20,
-        batch_size=16, batch_length=16, learning_rate=1e-3, warmup=100, anneal_lr=True, tau=0.1,
+        size="1m", num_envs=16, train_ratio=10, total_timesteps=24_000, eval_episodes=20,
+        batch_size=8, batch_length=16, learning_rate=1e-3, warmup=100, anneal_lr=True, tau=0.1,
         contdisc=False,  # 0 and 1 are learned in fewer updates than 0 and 0.997
         rec_scale=100.0,  # the errors of angles within ±0.2 would drown in the other losses
         # with less entropy the carts drift to one side and the model forgets the other; at the
         # end, beside advantages that have become small, it would loosen a policy that is learned
-        ent_coef=0.01, anneal_ent=True, average=0.005),
+        ent_coef=0.01, anneal_ent=True, average=0.005,
+        eval_every=2_000, stop_at=500),  # learning on would do CartPole no good
     "other": dict(size=OUR_SIZE, num_envs=4, train_ratio=128, total_timesteps=500_000),  # ours
 }
 
@@ -147,6 +148,7 @@ class Args:
     evaluate: str = ""  # folder of a run whose agent is played, not trained
     eval_episodes: int = 10  # episodes of an evaluation
     eval_every: int = 0  # steps between evaluations; 0: only at the end
+    stop_at: float | None = None  # end the run when one of them has this mean return (ours)
     deterministic: bool = False  # evaluate with modes in place of samples, unlike the reference
 
     env_id: str = "CartPole-v1"  # Gymnasium id; `module:id` imports the module first
@@ -201,7 +203,11 @@ class Args:
         positive = "num_envs total_timesteps batch_size imagination_horizon log_every eval_episodes"
         ranges |= dict.fromkeys(positive.split(), (1, 1e12))
         ranges |= dict(batch_length=(2, 1e12), agc=(1e-6, 1e12), gamma=(1e-6, 1), tau=(1e-6, 1),
-                       return_lambda=(0, 1), seed=(0, 2**31))
+                       return_lambda=(0, 1), seed=(0, 2**31), stop_at=(-1e12, 1e12))
+        if self.stop_at is None:
+            del ranges["stop_at"]
+        elif not self.eval_every:
+            raise InputError(f"stop_at {self.stop_at:g} is never looked at: give eval_every too")
         for name, (least, most) in ranges.items():
             if not least <= getattr(self, name) <= most:  # NaN is in no range
                 raise InputError(f"{name} {getattr(self, name)}: take {least:g} to {most:g}")
@@ -1341,8 +1347,8 @@ def average_over_processes(tensors: list[Tensor]) -> None:
 
 class Captured:
     """A function of trees of tensors, recorded as a CUDA graph: one launch in place of thousands.
-    For each new shape two calls warm up, and the third records. So it is for each value of `mode()`,
-    which tells apart what a recording fixes. A result lasts until the next call."""
+    For each new shape two calls warm up, and the third records; so it is for each value of
+    `mode()`, which tells apart what a recording fixes. A result lasts until the next call."""
     def __init__(self, function: Callable, mode: Callable[[], Any] = bool):
         self.function = function
         self.mode = mode
@@ -1631,10 +1637,12 @@ def preserve_randomness(*generators: torch.Generator):
             rng.set_state(state)
 
 def evaluate(agent: Dreamer, args: Args, episodes: int, run_name: str = "eval",
-             deterministic: bool = False, capture_video: bool = False, max_steps: int = 27_000):
+             deterministic: bool = False, capture_video: bool = False, max_steps: int = 27_000,
+             purpose: str = "evaluation"):
     """Returns (sums of reward) of `episodes` episodes, the first of as many environments, so that
-    short episodes are not favoured. At most `max_steps` steps (30 minutes of Atari) count."""
-    seeds = derive_seeds(args.seed, "evaluation", count=episodes)
+    short episodes are not favoured. At most `max_steps` steps (30 minutes of Atari) count. Another
+    `purpose` has other seeds."""
+    seeds = derive_seeds(args.seed, purpose, count=episodes)
     state = None
     done = np.zeros(episodes, bool)
     returns = np.zeros(episodes)
@@ -1792,6 +1800,7 @@ class Run:
         self.episodes = []
         self.eval_returns = []
         self.metrics = {}
+        self.solved = False  # has an evaluation reached stop_at?
         self.announced = False  # how long it will take
         self.above_floor = 0  # last update at which the KL was known to be above its free nats
 
@@ -1862,8 +1871,8 @@ class Run:
             raise InputError(f"{self.dir} is another run's, begun in the same second: start again, "
                              "or give this one an --exp-name") from None
         writer = SummaryWriter(str(self.dir))
-        pair = "diagnostics/tar", "diagnostics/real_return"  # λ-returns of dreams, and of the replay
-        writer.add_custom_scalars({"returns": {"dreamed and real": ["Multiline", list(pair)]}})
+        pair = ["diagnostics/tar", "diagnostics/real_return"]  # λ-returns of dreams, of the replay
+        writer.add_custom_scalars({"returns": {"dreamed and real": ["Multiline", pair]}})
         rows = [f"|{name}|{value}|" for name, value in vars(args).items()]
         writer.add_text("hyperparameters", "\n".join(["|param|value|", "|-|-|", *rows]))
         print(*(f"{name} = {value}" for name, value in vars(args).items()), sep="\n")
@@ -1906,6 +1915,10 @@ class Run:
         return {"reward": reward, "is_first": before["is_last"], "is_last": terminated | truncated,
                 "is_terminal": terminated}
 
+    @property
+    def finished(self) -> bool:
+        return self.solved or self.step >= self.args.total_timesteps
+
     def crossed(self, every: int) -> bool:
         """Did the last step of all environments cross a multiple of `every`?"""
         before = self.step - self.envs.num_envs * self.ranks
@@ -1928,8 +1941,13 @@ class Run:
             with preserve_randomness(self.agent.act_rng, self.buffer.generator), \
                     self.agent.uncompiled():
                 save_pictures(self.draw(), self.writer, self.dir, self.step)
-        if self.crossed(args.eval_every):
-            self.evaluate()
+        if self.crossed(args.eval_every) and not self.finished:  # else it is evaluated anyway
+            self.evaluate(f"evaluation at {self.step}")
+            solved = [args.stop_at is not None and self.rank == 0
+                      and float(np.mean(self.eval_returns)) >= args.stop_at]
+            if self.ranks > 1:
+                distributed.broadcast_object_list(solved)
+            self.solved = solved[0]
         if self.crossed(args.checkpoint_every):
             self.save()
 
@@ -1970,10 +1988,10 @@ class Run:
     def draw(self) -> dict[str, np.ndarray]:
         return draw_dreams(self.agent, self.buffer)
 
-    def evaluate(self) -> None:
+    def evaluate(self, purpose: str = "evaluation") -> None:
         if self.rank == 0:
             self.eval_returns = evaluate(self.agent, self.args, self.args.eval_episodes,
-                                         self.dir.name, self.args.deterministic)
+                                         self.dir.name, self.args.deterministic, purpose=purpose)
             self.record({"eval/episodic_return": np.mean(self.eval_returns)})
             self.bar.write(f"global_step={self.step}, eval_return={self.eval_sentence()}")
 
@@ -2045,7 +2063,7 @@ def main(args: Args, agent_class: type[Dreamer] = Dreamer) -> dict[str, Any]:
     metrics = {}
     with run:
         obs, arrived = run.reset()
-        while run.step < args.total_timesteps:
+        while not run.finished:
             # 1. act
             action, state = agent.act(obs, state, arrived["is_first"])
             # 2. store what arrived and what was chosen

@@ -112,6 +112,7 @@ class Args:
     evaluate: str = ""  # folder of a run whose agent is played, not trained
     eval_episodes: int = 10  # episodes of an evaluation
     eval_every: int = 0  # steps between evaluations; 0: only at the end
+    stop_at: float | None = None  # end the run when one of them has this mean return (ours)
     deterministic: bool = False  # evaluate with modes in place of samples, unlike the reference
 
     env_id: str = "CartPole-v1"  # Gymnasium id; `module:id` imports the module first
@@ -166,7 +167,11 @@ class Args:
         positive = "num_envs total_timesteps batch_size imagination_horizon log_every eval_episodes"
         ranges |= dict.fromkeys(positive.split(), (1, 1e12))
         ranges |= dict(batch_length=(2, 1e12), agc=(1e-6, 1e12), gamma=(1e-6, 1), tau=(1e-6, 1),
-                       return_lambda=(0, 1), seed=(0, 2**31))
+                       return_lambda=(0, 1), seed=(0, 2**31), stop_at=(-1e12, 1e12))
+        if self.stop_at is None:
+            del ranges["stop_at"]
+        elif not self.eval_every:
+            raise InputError(f"stop_at {self.stop_at:g} is never looked at: give eval_every too")
         for name, (least, most) in ranges.items():
             if not least <= getattr(self, name) <= most:  # NaN is in no range
                 raise InputError(f"{name} {getattr(self, name)}: take {least:g} to {most:g}")
@@ -1306,8 +1311,8 @@ def average_over_processes(tensors: list[Tensor]) -> None:
 
 class Captured:
     """A function of trees of tensors, recorded as a CUDA graph: one launch in place of thousands.
-    For each new shape two calls warm up, and the third records. So it is for each value of `mode()`,
-    which tells apart what a recording fixes. A result lasts until the next call."""
+    For each new shape two calls warm up, and the third records; so it is for each value of
+    `mode()`, which tells apart what a recording fixes. A result lasts until the next call."""
     def __init__(self, function: Callable, mode: Callable[[], Any] = bool):
         self.function = function
         self.mode = mode
@@ -1668,6 +1673,7 @@ class Run:
         self.episodes = []
         self.eval_returns = []
         self.metrics = {}
+        self.solved = False  # has an evaluation reached stop_at?
         self.announced = False  # how long it will take
         self.above_floor = 0  # last update at which the KL was known to be above its free nats
 
@@ -1738,8 +1744,8 @@ class Run:
             raise InputError(f"{self.dir} is another run's, begun in the same second: start again, "
                              "or give this one an --exp-name") from None
         writer = SummaryWriter(str(self.dir))
-        pair = "diagnostics/tar", "diagnostics/real_return"  # λ-returns of dreams, and of the replay
-        writer.add_custom_scalars({"returns": {"dreamed and real": ["Multiline", list(pair)]}})
+        pair = ["diagnostics/tar", "diagnostics/real_return"]  # λ-returns of dreams, of the replay
+        writer.add_custom_scalars({"returns": {"dreamed and real": ["Multiline", pair]}})
         rows = [f"|{name}|{value}|" for name, value in vars(args).items()]
         writer.add_text("hyperparameters", "\n".join(["|param|value|", "|-|-|", *rows]))
         print(*(f"{name} = {value}" for name, value in vars(args).items()), sep="\n")
@@ -1782,6 +1788,10 @@ class Run:
         return {"reward": reward, "is_first": before["is_last"], "is_last": terminated | truncated,
                 "is_terminal": terminated}
 
+    @property
+    def finished(self) -> bool:
+        return self.solved or self.step >= self.args.total_timesteps
+
     def crossed(self, every: int) -> bool:
         """Did the last step of all environments cross a multiple of `every`?"""
         before = self.step - self.envs.num_envs * self.ranks
@@ -1804,8 +1814,13 @@ class Run:
             with preserve_randomness(self.agent.act_rng, self.buffer.generator), \
                     self.agent.uncompiled():
                 save_pictures(self.draw(), self.writer, self.dir, self.step)
-        if self.crossed(args.eval_every):
-            self.evaluate()
+        if self.crossed(args.eval_every) and not self.finished:  # else it is evaluated anyway
+            self.evaluate(f"evaluation at {self.step}")
+            solved = [args.stop_at is not None and self.rank == 0
+                      and float(np.mean(self.eval_returns)) >= args.stop_at]
+            if self.ranks > 1:
+                distributed.broadcast_object_list(solved)
+            self.solved = solved[0]
         if self.crossed(args.checkpoint_every):
             self.save()
 
@@ -1846,10 +1861,10 @@ class Run:
     def draw(self) -> dict[str, np.ndarray]:
         return draw_dreams(self.agent, self.buffer)
 
-    def evaluate(self) -> None:
+    def evaluate(self, purpose: str = "evaluation") -> None:
         if self.rank == 0:
             self.eval_returns = evaluate(self.agent, self.args, self.args.eval_episodes,
-                                         self.dir.name, self.args.deterministic)
+                                         self.dir.name, self.args.deterministic, purpose=purpose)
             self.record({"eval/episodic_return": np.mean(self.eval_returns)})
             self.bar.write(f"global_step={self.step}, eval_return={self.eval_sentence()}")
 
@@ -2905,13 +2920,15 @@ def partner_name(number: int) -> str:
 @torch.no_grad()
 def evaluate(agent: SocialDreamer, args: SocialArgs, episodes: int, run_name: str = "eval",
              deterministic: bool = False, capture_video: bool = False, max_steps: int = 27_000,
-             pool: Pool | None = None, partner: int | None = None) -> dict[str, Any]:
+             pool: Pool | None = None, partner: int | None = None,
+             purpose: str = "evaluation") -> dict[str, Any]:
     """Plays `episodes` episodes, the first of as many environments, so that short ones are not
     favoured; of longer ones `max_steps` steps count. Partners are those of args, or `partner` of
-    the pool. Returns "returns", the learner's sums of reward (with self-play the mean of the
-    seats'), "team_returns", the sums over all seats, and "tom", the measures of `skill`."""
-    seeds = derive_seeds(args.seed, "evaluation", count=episodes)
-    table = Table(agent, episodes, pool and pool.aside(), partner, purpose="evaluation")
+    the pool. Another `purpose` has other seeds. Returns "returns", the learner's sums of reward
+    (with self-play the mean of the seats'), "team_returns", the sums over all seats, and "tom", the
+    measures of `skill`."""
+    seeds = derive_seeds(args.seed, purpose, count=episodes)
+    table = Table(agent, episodes, pool and pool.aside(), partner, purpose=purpose)
     scores = np.zeros((episodes, agent.seats))
     done = np.zeros(episodes, bool)
     is_first = running = np.ones(episodes, bool)
@@ -3118,11 +3135,11 @@ class SocialRun(Run):
             print(f"  with {name}: " + ", ".join(f"{k} {x:.3f}" for k, x in values.items()))
         return self.eval_results()
 
-    def evaluate(self) -> None:
+    def evaluate(self, purpose: str = "evaluation") -> None:
         """At the end of the run with each partner alone, too."""
         if self.rank > 0:
             return
-        self.assess(self.agent, self.dir.name, each=self.step >= self.args.total_timesteps)
+        self.assess(self.agent, self.dir.name, each=self.finished, purpose=purpose)
         result = self.result
         self.record({"eval/episodic_return": np.mean(self.eval_returns),
                      "eval/team_return": result["eval_team_return_mean"]})
@@ -3132,11 +3149,11 @@ class SocialRun(Run):
         self.bar.write(f"global_step={self.step}, eval_return={self.eval_sentence()}")
 
     def assess(self, agent: SocialDreamer, run_name: str, capture_video: bool = False,
-               each: bool = False) -> None:
+               each: bool = False, purpose: str = "evaluation") -> None:
         """Evaluates with the partners of training and, if `each`, with each one alone."""
         args = self.args
         result = evaluate(agent, args, args.eval_episodes, run_name, args.deterministic,
-                          capture_video, pool=self.pool)
+                          capture_video, pool=self.pool, purpose=purpose)
         self.eval_returns = result["returns"]
         self.result = {
             "eval_team_return_mean": float(np.mean(result["team_returns"])),
@@ -3169,7 +3186,7 @@ def main(args: SocialArgs, agent_class: type[SocialDreamer] = SocialDreamer) -> 
     metrics = {}
     with run:
         obs, arrived = run.reset()
-        while run.step < args.total_timesteps:
+        while not run.finished:
             # 1. act, in all seats
             action, rows = run.table.act(obs, arrived["is_first"])
             # 2. store what arrived, what was chosen, and what the others did

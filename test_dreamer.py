@@ -1827,7 +1827,9 @@ MISTAKES = {  # what was done, and what the message must name
         lambda: args_of(buffer_size=100, num_envs=4, batch_length=25, batch_size=2).check(),
         "batch_length.*25.*104"),
     "a buffer in which no batch ever comes together": (
-        lambda: D.Args.preset("CartPole-v1", num_envs=1, buffer_size=250).check(), "250.*289"),
+        lambda: D.Args.preset("CartPole-v1", num_envs=1, buffer_size=150).check(), "150.*153"),
+    "a return that no evaluation looks for": (
+        lambda: args_of(stop_at=5.0).check(), "stop_at 5.*eval_every"),
     "parts of different size": (
         lambda: args_of(batch_size=4, accumulate=3).check(), "accumulate 3.*divisor.*4"),
     "to resume and to evaluate at once": (
@@ -1962,6 +1964,32 @@ def test_a_run_trains_at_its_ratio_logs_saves_resumes_and_is_evaluated(folder):
     longer = D.main(D.parse_args(["--resume", str(run), "--total-timesteps", "160"]))
     assert longer["global_step"] == 160 and longer["updates"] == updates + 5
     assert D.load_file(run, "replay.pt")["count"] == 80
+
+def test_a_run_ends_when_an_evaluation_has_the_wanted_return_and_is_evaluated_anew(
+        script, folder, monkeypatch):
+    seeds, evaluate = [], script.module.evaluate
+
+    def spy(*args, purpose="evaluation", **kwargs):
+        seeds.append(purpose)
+        return evaluate(*args, purpose=purpose, **kwargs)
+
+    monkeypatch.setattr(script.module, "evaluate", spy)
+    values = dict(total_timesteps=60, eval_every=20)
+    for stop_at, step in ((None, 60), (1e6, 60), (-1e6, 20)):
+        summary = script.module.main(script.args_of(stop_at=stop_at, **values))
+        assert summary["global_step"] == step and not summary["interrupted"]
+        between = [f"evaluation at {at}" for at in range(20, min(60, step + 20), 20)]
+        assert [x for x in seeds if " " in x] == between and seeds[len(between)] == "evaluation"
+        seeds.clear()
+
+def test_evaluations_for_other_purposes_have_other_seeds(monkeypatch):
+    asked = []
+    make = D.make_vector_env
+    monkeypatch.setattr(D, "make_vector_env", lambda *a: asked.append(tuple(a[3])) or make(*a))
+    agent = make_agent(Lengths.observation_space, Lengths.action_space)
+    for purpose in ("evaluation", "evaluation at 20", "evaluation"):
+        D.evaluate(agent, agent.args, 2, purpose=purpose)
+    assert asked[0] == asked[2] and not set(asked[0]) & set(asked[1])
 
 def test_two_runs_that_begin_in_the_same_second_do_not_share_a_folder(folder, monkeypatch):
     ticks = itertools.count()
@@ -2890,9 +2918,10 @@ def test_a_run_trains_logs_saves_resumes_and_is_evaluated_with_partners(folder, 
     assert summary["global_step"] == 160 and summary["updates"] > 5
     assert len(summary["eval_returns"]) == 3
     assert json.loads((run / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    gain = "skill" if partners == "scripted" else "nats_saved"  # else nobody knows the ideal
     assert {"losses/tom", "losses/policy", "diagnostics/tom_accuracy", "diagnostics/tom_skill",
             "diagnostics/tom_cross_entropy", "diagnostics/tom_marginal", "charts/episodic_return",
-            "charts/team_return", "eval/episodic_return", "eval/tom_skill"} <= scalars(run).keys()
+            "charts/team_return", "eval/episodic_return", f"eval/tom_{gain}"} <= scalars(run).keys()
     assert list((run / "dreams").glob("teammates*"))
     names = {"self": set(), "scripted": {"0", "1", "2", "3", "mixed"},
              "pool": {"live", "pool_0", "pool_3", "pool_4"}}[partners]
