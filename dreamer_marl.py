@@ -57,7 +57,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Literal, NamedTuple
+from typing import Annotated, Any, Callable, Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -87,6 +87,16 @@ class Size(NamedTuple):
 
 DEPTHS = {"1m": 4, "12m": 16, "25m": 24, "50m": 32, "100m": 48, "200m": 64, "400m": 96}
 SIZES = {name: Size(128 * d, 16 * d, d, d, 16 * d) for name, d in DEPTHS.items()}
+
+def whole(texts: list[str]) -> int:
+    """Also 1e6. Raises ValueError for a fraction."""
+    if not float(texts[0]).is_integer():
+        raise ValueError(f"{texts[0]} is no whole number")
+    return int(float(texts[0]))
+
+Steps = Annotated[int, tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1, metavar="INT", instance_from_str=whole, is_instance=lambda x: isinstance(x, int),
+    str_from_instance=lambda x: [str(x)])]
 
 @dataclasses.dataclass
 class Args:
@@ -122,10 +132,10 @@ class Args:
     num_envs: int = 16  # environments stepped together
     # in this process, or each in one of its own, which pays above a millisecond a step
     vectorization: Literal["sync", "async"] = "sync"
-    total_timesteps: int = 1_000_000  # environment steps, over all environments
+    total_timesteps: Steps = 1_000_000  # environment steps, over all environments
 
     size: Literal["1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "12m"  # of the model
-    buffer_size: int = 5_000_000  # steps in the replay, over all environments
+    buffer_size: Steps = 5_000_000  # steps in the replay, over all environments
     batch_size: int = 16  # sequences in a batch
     batch_length: int = 64  # steps in a sequence
     accumulate: int = 1  # parts of a batch that take turns, to save memory; the update is the same
@@ -161,13 +171,16 @@ class Args:
             raise InputError(f"size {self.size!r} does not exist: choose one of {', '.join(SIZES)}")
         if self.image_size % 16 or not 48 <= self.image_size <= 256:
             raise InputError(f"image_size {self.image_size}: take a multiple of 16 from 48 to 256")
+        if Path(self.exp_name).name != self.exp_name:
+            raise InputError(f"exp_name {self.exp_name!r} is no name: it may not lead elsewhere")
         if self.resume and self.evaluate:
             raise InputError(f"resume {self.resume!r} and evaluate {self.evaluate!r}: give one")
         ranges = {name: (0, 1e12) for name, x in vars(self).items() if type(x) in (int, float)}
-        positive = "num_envs total_timesteps batch_size imagination_horizon log_every eval_episodes"
+        positive = "num_envs total_timesteps batch_size log_every eval_episodes"
         ranges |= dict.fromkeys(positive.split(), (1, 1e12))
         ranges |= dict(batch_length=(2, 1e12), agc=(1e-6, 1e12), gamma=(1e-6, 1), tau=(1e-6, 1),
-                       return_lambda=(0, 1), seed=(0, 2**31), stop_at=(-1e12, 1e12))
+                       return_lambda=(0, 1), seed=(0, 2**31), stop_at=(-1e12, 1e12),
+                       threads=(0, 1024), imagination_horizon=(1, 1000))
         if self.stop_at is None:
             del ranges["stop_at"]
         elif not self.eval_every:
@@ -1587,9 +1600,16 @@ def save_pictures(pictures: dict[str, np.ndarray], writer: Any, run_dir: Path, s
         writer.add_image(f"dreams/{name}", picture, step, dataformats="HWC")
 
 def save_file(path: Path, content: dict[str, Any]) -> None:
-    """Writes beside the old file, and replaces it only when the new one is complete."""
-    torch.save(content, path.with_name(f"{path.name}.part"))
-    os.replace(path.with_name(f"{path.name}.part"), path)
+    """Writes beside the old file, and replaces it only when the new one is on the disk."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 def load_file(run_dir: str | Path, name: str = "agent.pt") -> dict[str, Any]:
     """What save_file wrote: tensors and plain values, no code. Raises InputError without one."""
@@ -1709,7 +1729,7 @@ class Run:
         self.updates = self.counters["updates"]
         self.buffer = self.make_buffer(envs.num_envs)
         if args.resume:
-            self.buffer.load_state_dict(load_file(self.dir, self.replay_file))
+            self.load_replay()
         self.writer = self.open_log() if self.rank == 0 else None
         if self.ranks > 1:
             distributed.barrier()  # no process saves before there is a folder
@@ -1729,6 +1749,17 @@ class Run:
         return ReplayBuffer(capacity, streams, args.batch_length, self.agent.replay_specs(), seed,
                             device)
 
+    def load_replay(self) -> None:
+        if not (self.dir / self.replay_file).is_file():
+            warnings.warn(f"{self.dir} holds no {self.replay_file}: learning goes on when a new "
+                          "one is filled")
+            return
+        saved = load_file(self.dir, self.replay_file)
+        if saved["step"] != self.step:
+            warnings.warn(f"the agent is of step {self.step:,}, its replay of step "
+                          f"{saved['step']:,}")
+        self.buffer.load_state_dict(saved)
+
     def open_log(self) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -1743,6 +1774,9 @@ class Run:
         except FileExistsError:
             raise InputError(f"{self.dir} is another run's, begun in the same second: start again, "
                              "or give this one an --exp-name") from None
+        except OSError as error:
+            raise InputError(f"{self.dir} cannot be made ({error.strerror}): start where you may "
+                             "write") from None
         writer = SummaryWriter(str(self.dir))
         pair = ["diagnostics/tar", "diagnostics/real_return"]  # λ-returns of dreams, of the replay
         writer.add_custom_scalars({"returns": {"dreamed and real": ["Multiline", pair]}})
@@ -1887,11 +1921,17 @@ class Run:
                 "updates_per_second": (self.updates - before["updates"]) / seconds}
 
     def save(self) -> None:
-        """Writes replay and agent, unless the weights are no longer finite."""
-        if math.isfinite(float(self.metrics.get("diagnostics/update_norm", 0.0))):
-            save_file(self.dir / self.replay_file, self.buffer.state_dict())
-            if self.rank == 0:
-                save_file(self.dir / "agent.pt", self.saved())
+        """Writes agent and replay, unless the weights are no longer finite. What cannot be written
+        is warned of, and skips nothing else."""
+        if not math.isfinite(float(self.metrics.get("diagnostics/update_norm", 0.0))):
+            return
+        files = {"agent.pt": self.saved} if self.rank == 0 else {}
+        files[self.replay_file] = lambda: self.buffer.state_dict() | {"step": self.step}
+        for name, content in files.items():
+            try:
+                save_file(self.dir / name, content())
+            except (OSError, RuntimeError) as error:  # the disk is full, for example
+                warnings.warn(f"{self.dir / name} of step {self.step:,} is not saved: {error}")
 
     def saved(self) -> dict[str, Any]:
         return {"agent": self.agent.state_dict(), "args": vars(self.args),
@@ -3205,10 +3245,13 @@ def main(args: SocialArgs, agent_class: type[SocialDreamer] = SocialDreamer) -> 
     return run.summary
 
 def command_line(args_class: type[Args] = Args, agent_class: type[Dreamer] = Dreamer) -> None:
-    """`main` as a program: SIGTERM is an interruption, and bad input ends with status 2."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if hasattr(os, "register_at_fork"):  # so that workers of an interrupted run end silently
-        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    """`main` as a program: SIGTERM and SIGHUP interrupt it, and bad input ends with status 2."""
+    numbers = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]
+    numbers = [x for x in numbers if x and signal.getsignal(x) != signal.SIG_IGN]  # as nohup has it
+    for number in numbers:
+        signal.signal(number, signal.default_int_handler)
+        if hasattr(os, "register_at_fork"):  # so that workers of an interrupted run end silently
+            os.register_at_fork(after_in_child=lambda x=number: signal.signal(x, signal.SIG_DFL))
     try:
         main(parse_args(args_class=args_class), agent_class)
         if distributed.is_initialized():

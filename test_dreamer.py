@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -1792,6 +1793,7 @@ def test_the_command_line_takes_the_preset_of_the_environment_and_flags_on_top()
     assert D.parse_args([]) == D.Args.preset("CartPole-v1")
     flags = ["--env-id", "ALE/Pong-v5", "--size", "12m"]
     assert D.parse_args(flags) == D.Args.preset("ALE/Pong-v5", size="12m")
+    assert D.parse_args(["--total-timesteps", "1e6"]).total_timesteps == 10**6
     walker = D.parse_args(["--env-id", "dm_control/walker-walk-v0", "--pixels", "--no-cuda"])
     assert walker == D.Args.preset("dm_control/walker-walk-v0", True, cuda=False)
 
@@ -1830,6 +1832,8 @@ MISTAKES = {  # what was done, and what the message must name
         lambda: D.Args.preset("CartPole-v1", num_envs=1, buffer_size=150).check(), "150.*153"),
     "a return that no evaluation looks for": (
         lambda: args_of(stop_at=5.0).check(), "stop_at 5.*eval_every"),
+    "a name that leads elsewhere": (
+        lambda: args_of(exp_name="../x").check(), "exp_name '../x'"),
     "parts of different size": (
         lambda: args_of(batch_size=4, accumulate=3).check(), "accumulate 3.*divisor.*4"),
     "to resume and to evaluate at once": (
@@ -1864,7 +1868,8 @@ def test_bad_input_is_an_input_error_that_names_it(mistake):
         do()
 
 @pytest.mark.parametrize("name,value", dict(
-    threads=-1, learning_rate=-1.0, gamma=1.5, return_lambda=3.0, tau=7.0, agc=0.0, seed=-1,
+    threads=2000, imagination_horizon=5000, learning_rate=-1.0, gamma=1.5, return_lambda=3.0,
+    tau=7.0, agc=0.0, seed=-1,
     free_nats=-1.0, train_ratio=float("nan"), eval_every=-5, batch_length=1, num_envs=0).items())
 def test_a_number_outside_of_its_range_is_an_input_error_that_names_both(script, name, value):
     with pytest.raises(script.module.InputError, match=f"{name}.*{value:g}"):
@@ -1981,6 +1986,42 @@ def test_a_run_ends_when_an_evaluation_has_the_wanted_return_and_is_evaluated_an
         between = [f"evaluation at {at}" for at in range(20, min(60, step + 20), 20)]
         assert [x for x in seeds if " " in x] == between and seeds[len(between)] == "evaluation"
         seeds.clear()
+
+@pytest.mark.parametrize("lost", ["agent.pt", "replay.pt"])
+def test_a_file_that_cannot_be_written_is_warned_of_and_costs_no_other(
+        script, folder, monkeypatch, lost):
+    save = torch.save
+
+    def full(content, file):
+        if file.name.endswith(f"{lost}.part"):
+            file.write(b"the beginning")
+            raise OSError(28, "No space left on device")
+        save(content, file)
+
+    with monkeypatch.context() as context, pytest.warns(UserWarning, match=f"{lost}.*No space"):
+        context.setattr(torch, "save", full)
+        script.module.main(script.args_of(total_timesteps=60))
+    run = run_of(folder)
+    left = {"agent.pt", "replay.pt"} - {lost}
+    assert {x.name for x in run.iterdir() if ".pt" in x.name} == left
+    assert (run / "summary.json").is_file()
+    if lost == "replay.pt":
+        with pytest.warns(UserWarning, match="holds no replay.pt"):
+            longer = script.args_of(total_timesteps=120, resume=str(run))
+            assert script.module.main(longer)["updates"] > 0
+
+def test_a_replay_of_another_step_than_the_agent_is_warned_of(script, folder):
+    script.module.main(script.args_of(total_timesteps=60))
+    run = run_of(folder)
+    replay = torch.load(run / "replay.pt")
+    torch.save(replay | {"step": 40}, run / "replay.pt")
+    with pytest.warns(UserWarning, match="agent is of step 60, its replay of step 40"):
+        script.module.main(script.args_of(total_timesteps=80, resume=str(run)))
+
+def test_a_folder_that_cannot_be_made_is_an_input_error(script, folder):
+    (folder / "runs").touch()  # a file, where the folder should be
+    with pytest.raises(script.module.InputError, match="cannot be made"):
+        script.module.main(script.args_of(total_timesteps=60))
 
 def test_evaluations_for_other_purposes_have_other_seeds(monkeypatch):
     asked = []
