@@ -8,10 +8,11 @@
         actions = {agent: env.action_space(agent).sample() for agent in env.agents}
         observations, rewards, terminations, truncations, infos = env.step(actions)
 
-Every module has a function `parallel_env(**kwargs)`, which returns an environment with the methods
-and attributes of a PettingZoo `ParallelEnv`; PettingZoo itself is not needed. All agents stay until
-the episode ends, and `agents` is empty from then on. `reset(seed)` fixes all that happens after it,
-the scripted policies included; `reset()` goes on with the same stream of random numbers.
+`tetris` is for one player, and registers Gymnasium ids: see its docstring. Every other module has a
+function `parallel_env(**kwargs)`, which returns an environment with the methods and attributes of a
+PettingZoo `ParallelEnv`; PettingZoo itself is not needed. All agents stay until the episode ends,
+and `agents` is empty from then on. `reset(seed)` fixes all that happens after it, the scripted
+policies included; `reset()` goes on with the same stream of random numbers.
 
 Beyond a ParallelEnv an environment may offer the following. A user has to ask for each with
 `getattr` or `hasattr`.

@@ -2,23 +2,23 @@
 
     python variants/dreamer_v1.py --env-id Pendulum-v1       # takes every flag of dreamer.py
 
-Follows "Dream to Control" (arXiv 1912.01603). Differences from DreamerV3: the latents are Gaussian
-and the recurrent network is a GRU, or an LSTM with --core lstm (gaussian_latents.py). Reward and
-value are means of Gaussians of variance 1. One KL, above 3 free nats, moves prior and posterior
-alike. The actor's loss is minus the mean λ-return of a dream; its gradient passes through values,
-rewards and every step to a policy that is the tanh of a Gaussian. Adam has a step size for each of
-world model, actor and critic. There is neither a slow critic, nor a loss on replayed values, nor an
-entropy bonus. Training adds noise to actions; evaluations play modes, without noise.
+Follows "Dream to Control" (arXiv 1912.01603). Differences from DreamerV3: the world model is that
+of gaussian_model.py, where one KL, above 3 free nats, moves prior and posterior alike. A value is
+the mean of a Gaussian too. The actor's loss is minus the mean λ-return of a dream, whose gradient
+passes through values, rewards and every step to a policy that is the tanh of a Gaussian. Adam has
+a step size for each of world model, actor and critic. There is no slow critic, no loss on replayed
+values, no entropy bonus. Training adds noise to actions, evaluation does not.
 
 Discrete actions: the gradient of a choice is straight-through, as if the one-hot vector were its
 probabilities, which is biased. They get no noise.
 
 Deviations: layers, encoder, decoder, continue head, replay and the bounds of the policy's deviation
 are those of dreamer.py; updates come every few steps, not after episodes; free nats count for each
-state, not for the mean of a batch. The flags agc, warmup, ent-coef, anneal-ent and tau have no
-effect; anneal-lr lowers the step size of the world model alone.
+state, not for the mean of a batch; train_ratio and rec_scale are those of the id's suite. Flags
+agc, warmup, ent-coef, anneal-ent and tau have no effect; anneal-lr lowers the step size of the
+world model alone.
 
-Measured: nothing yet.
+Measured: that each part computes what it should (test_dreamer_v1.py). No learning curve yet.
 """
 import dataclasses
 import sys
@@ -31,20 +31,22 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dreamer
-import gaussian_latents
+import gaussian_model
 from dreamer import Tensors
 
 dreamer.SIZES["v1"] = dreamer.Size(
     deter=200, hidden=400, classes=1, depth=16, units=400, latents=30)
+dreamer.SIZES["v1_small"] = dreamer.Size(  # ours, for a CPU
+    deter=128, hidden=64, classes=1, depth=8, units=128, latents=30)
 PAPER: dict[str, Any] = dict(
     size="v1", batch_size=50, batch_length=50, learning_rate=6e-4, gamma=0.99, contdisc=False,
-    free_nats=3.0, rep_scale=1.0, rec_scale=1.0, repval_scale=0.0, average=0.0, anneal_lr=False)
+    free_nats=3.0, rep_scale=1.0, repval_scale=0.0, average=0.0, anneal_lr=False,
+    deterministic=True)
 
 @dataclasses.dataclass
-class Args(gaussian_latents.Args):
+class Args(gaussian_model.Args):
     exp_name: str = "dreamer_v1"  # name of the experiment, part of the run's name
-    size: Literal["v1"] = "v1"  # of the model
-    deterministic: bool = True  # evaluate with modes and without noise; if not, as in training
+    size: Literal["v1", "v1_small"] = "v1"  # of the model
     actor_lr: float = 8e-5  # step size of the actor; --learning-rate is that of the world model
     critic_lr: float = 8e-5  # step size of the critic
     action_noise: float = 0.3  # deviation of the noise that training adds to actions
@@ -54,21 +56,6 @@ class Args(gaussian_latents.Args):
     def preset(cls, env_id: str, pixels: bool = False, **overrides: Any) -> "Args":
         """The values of the paper come before those of the id's suite."""
         return super().preset(env_id, pixels, **(PAPER | overrides))
-
-class Number(dreamer.Normal):
-    """A number (…), predicted as the mean (…, 1) of a Gaussian."""
-    def pred(self) -> Tensor:
-        return self.mean[..., 0]
-
-    def loss(self, *targets: Tensor) -> Tensor:
-        """Sum of −ln p(target) (…)."""
-        return -sum(self.log_prob(target[..., None]) for target in targets)
-
-class NumberHead(dreamer.MLP):
-    """feat → Number of variance 1."""
-    def forward(self, feat: Tensor) -> Number:
-        mean = super().forward(feat)
-        return Number(mean, torch.ones_like(mean))
 
 class TanhNormal(dreamer.Normal):
     """A Gaussian whose samples are squashed into (−1, 1). Its density is not needed."""
@@ -90,22 +77,18 @@ class Adam(torch.optim.Adam):
         super().step()
         return {"grad_norm": torch.stack(norms).norm()}
 
-class DreamerV1(gaussian_latents.GaussianLatents):
-    def make_world_model(self) -> gaussian_latents.WorldModel:
-        wm = super().make_world_model()
-        wm.reward = NumberHead(wm.rssm.feat_size, wm.size.units, layers=2, outputs=1, outscale=0.0)
-        return wm
-
+class DreamerV1(gaussian_model.GaussianDreamer):
     def make_actor_critic(self, feat: int, units: int) -> None:
         self.actor = Actor(feat, self.actions.heads, units)
-        self.critic = NumberHead(feat, units, layers=3, outputs=1, outscale=0.0)
+        self.critic = gaussian_model.NumberHead(feat, units, layers=3)
         self.slow_critic = self.critic  # there is none: following itself changes nothing
 
     def make_optimizer(self) -> Adam:
         args = self.args
-        rates = {self.wm: args.learning_rate, self.actor: args.actor_lr, self.critic: args.critic_lr}
+        parts = [(self.wm, args.learning_rate), (self.actor, args.actor_lr),
+                 (self.critic, args.critic_lr)]
         groups = [{"params": list(part.parameters()), "lr": torch.tensor(lr, device=self.device)}
-                  for part, lr in rates.items()]
+                  for part, lr in parts]
         return Adam(groups, capturable=self.device.type == "cuda")  # can be in a CUDA graph
 
     @torch.enable_grad()
@@ -132,15 +115,17 @@ class DreamerV1(gaussian_latents.GaussianLatents):
         return losses, returns.detach(), metrics
 
     def for_the_actor(self, loss: Tensor) -> Tensor:
-        """The loss () with a gradient for the actor alone, so that world model and critic, through
-        which it passes, do not learn to please the actor."""
+        """The loss () with a gradient for the actor alone: world model and critic, through which
+        it passes, must not learn to please the actor."""
+        if not loss.requires_grad:  # with --accumulate returns are asked for first
+            return loss
         params = list(self.actor.parameters())
         grads = torch.autograd.grad(loss, params)
         linear = sum((grad * p).sum() for grad, p in zip(grads, params))  # its gradient: `grads`
         return loss.detach() + (linear - linear.detach())
 
     def acting_noise(self, n: int) -> Tensors:
-        """In addition "exploration" (n, A), which `choose` adds to actions."""
+        """Here with "exploration" (n, A), which `choose` adds to actions."""
         kinds = [kind for kind, _ in self.actions.heads.values()]
         level = self.args.action_noise if self.training and "discrete" not in kinds else 0.0
         normal = torch.randn(n, self.actions.size, generator=self.act_rng, device=self.device)
@@ -148,11 +133,15 @@ class DreamerV1(gaussian_latents.GaussianLatents):
 
     def choose(self, obs: Tensors, state: Tensors, is_first: Tensor,
                noise: dict[str, Any]) -> Tensors:
-        """As in the base. Modes, for which all noise is None, are played as they are."""
         new = super().choose(obs, state, is_first, noise)
         if noise["exploration"] is not None:
             new["action"] = (new["action"] + noise["exploration"]).clamp(-1, 1)
         return new
+
+    def compiled(self) -> list[tuple[nn.Module, str]]:
+        """Without `judge`: compiled, its two losses would be one graph, of which `for_the_actor`
+        frees both."""
+        return [(owner, name) for owner, name in super().compiled() if name != "judge"]
 
 if __name__ == "__main__":
     dreamer.command_line(Args, DreamerV1)

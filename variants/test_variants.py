@@ -11,14 +11,18 @@ from gymnasium.spaces import Box, Discrete
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import decoder_free
+import dreamer_v1
+import gaussian_model
 import plan2explore
 import planning
 
 import dreamer
 
 VARIANTS = {"decoder_free": decoder_free.DecoderFree,
+            "dreamer_v1": dreamer_v1.DreamerV1, "gaussian_model": gaussian_model.GaussianDreamer,
             "plan2explore": plan2explore.make_agent, "planning": planning.Planner}
-SMALL = {"planning": dict(plan_horizon=2, plan_candidates=8)}  # what else keeps a test short
+SMALL = {"dreamer_v1": dict(batch_length=16),  # what else keeps a test short
+         "planning": dict(plan_horizon=2, plan_candidates=8)}
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):

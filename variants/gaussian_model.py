@@ -1,14 +1,15 @@
-"""DreamerV3 with the older state-space model: Gaussian latents and a GRU or LSTM.
+"""DreamerV3 with an older world model: Gaussian latents and rewards, and a GRU or LSTM.
 
-    python variants/gaussian_latents.py --env-id CartPole-v1     # takes every flag of dreamer.py
+    python variants/gaussian_model.py --env-id CartPole-v1       # takes every flag of dreamer.py
 
-The model is that of PlaNet (arXiv 1811.04551), with which DreamerV1 dreams: z is a Gaussian with as
-many dimensions as dreamer.py has categoricals, and h the state of torch's GRU, or output and cell
-of its LSTM, which is twice as wide. All else is DreamerV3.
+The model is that of PlaNet (arXiv 1811.04551), with which DreamerV1 dreams (dreamer_v1.py): z is a
+Gaussian with as many dimensions as dreamer.py has categoricals; h is the state of torch's GRU, or
+output and cell of its LSTM, together twice as wide; a reward is the mean of a Gaussian of variance
+1, so its loss is a squared error. All else is DreamerV3.
 
-Deviations from the paper: layers, losses and encoder are those of dreamer.py.
+Deviations from the paper: layers, encoder, decoder and the KL losses are those of dreamer.py.
 
-Measured: that each part computes what it should (test_dreamer_v1.py). No learning result yet.
+Measured: that each part computes what it should (test_dreamer_v1.py). No learning result.
 """
 import dataclasses
 import sys
@@ -25,7 +26,7 @@ import dreamer
 
 @dataclasses.dataclass
 class Args(dreamer.Args):
-    exp_name: str = "gaussian_latents"  # name of the experiment, part of the run's name
+    exp_name: str = "gaussian_model"  # name of the experiment, part of the run's name
     core: Literal["gru", "lstm"] = "gru"  # the recurrent network
 
 class Gaussian(dreamer.Normal):
@@ -36,6 +37,24 @@ class Gaussian(dreamer.Normal):
         distance = ((self.mean - other.mean) / other.std).square()
         # ½ · (σ₁²/σ₂² + (μ₁ − μ₂)²/σ₂² − 1 − ln(σ₁²/σ₂²))
         return 0.5 * (ratio + distance - 1 - ratio.log()).sum(-1)
+
+class Number(dreamer.Normal):
+    """A number (…), predicted as the mean (…, 1) of a Gaussian."""
+    def pred(self) -> Tensor:
+        return self.mean[..., 0]
+
+    def loss(self, *targets: Tensor) -> Tensor:
+        """Sum of −ln p(target) (…)."""
+        return -sum(self.log_prob(target[..., None]) for target in targets)
+
+class NumberHead(dreamer.MLP):
+    """feat → Number of variance 1. It begins by predicting 0."""
+    def __init__(self, inputs: int, units: int, layers: int):
+        super().__init__(inputs, units, layers, outputs=1, outscale=0.0)
+
+    def forward(self, feat: Tensor) -> Number:
+        mean = super().forward(feat)
+        return Number(mean, torch.ones_like(mean))
 
 class RSSM(dreamer.RSSM):
     """h_t = GRU(h_{t-1}, [z_{t-1}, a_{t-1}]). z has S dimensions, z and a each a layer of their own
@@ -53,7 +72,7 @@ class RSSM(dreamer.RSSM):
         return (self.size.latents, 1), (self.size.latents, 2)
 
     def latent(self, logits: Tensor) -> Gaussian:
-        """(…, S, 2), means and raw deviations → distribution of z. No deviation is below 0.1."""
+        """(…, S, 2), means and raw deviations → distribution of z, of a deviation above 0.1."""
         return Gaussian(logits[..., :1], F.softplus(logits[..., 1:]) + 0.1)
 
     def latent_spec(self) -> tuple[tuple[int, ...], torch.dtype]:
@@ -78,9 +97,13 @@ class WorldModel(dreamer.WorldModel):
             self.size = self.size._replace(deter=2 * self.size.deter)
         return RSSM(tokens, actions, self.size, self.args.core)
 
-class GaussianLatents(dreamer.Dreamer):
+    def make_heads(self, feat: int, units: int) -> None:
+        super().make_heads(feat, units)
+        self.reward = NumberHead(feat, units, layers=1)
+
+class GaussianDreamer(dreamer.Dreamer):
     def make_world_model(self) -> WorldModel:
         return WorldModel(self.observations.specs, self.actions.size, self.args)
 
 if __name__ == "__main__":
-    dreamer.command_line(Args, GaussianLatents)
+    dreamer.command_line(Args, GaussianDreamer)
