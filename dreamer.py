@@ -2050,7 +2050,7 @@ class Run:
     def save(self) -> None:
         """Writes agent and replay, unless the weights are no longer finite. What cannot be written
         is warned of, and skips nothing else."""
-        if not math.isfinite(float(self.metrics.get("diagnostics/update_norm", 0.0))):
+        if not all(p.isfinite().all() for p in self.agent.learned):
             return
         files = {"agent.pt": self.saved} if self.rank == 0 else {}
         files[self.replay_file] = lambda: self.buffer.state_dict() | {"step": self.step}

@@ -42,7 +42,7 @@ def play(run: str, plan: str, episodes: int) -> list:
     envs = dreamer.make_vector_env(args, 1, "", [0])
     agent = agent_class(envs.single_observation_space, envs.single_action_space, args)
     steps = dreamer.restore(agent, run)["global_step"]
-    with agent.averaged():
+    with agent.evaluating():
         cost = milliseconds(agent, envs)
     envs.close()
     returns = dreamer.evaluate(agent, args, episodes)
