@@ -1244,6 +1244,7 @@ class Dreamer(nn.Module):
         """Within it the agent is in eval mode, and has the average of its weights if args.average
         keeps one."""
         own = [p.detach().clone() for p in self.learned]
+        training = self.training
         self.eval()
         with torch.no_grad():
             for p, x in zip(self.learned, self.averages):
@@ -1251,7 +1252,7 @@ class Dreamer(nn.Module):
             try:
                 yield
             finally:
-                self.train()
+                self.train(training)
                 for p, x in zip(self.learned, own):
                     p.copy_(x)
 

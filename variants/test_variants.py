@@ -68,7 +68,7 @@ def test_a_variant_trains_saves_resumes_and_is_evaluated_by_the_code_of_the_base
     monkeypatch.chdir(tmp_path)
     args = importlib.import_module(name).Args.preset(
         "CartPole-v1", size="tiny", cuda=False, threads=1, batch_size=2, num_envs=2,
-        total_timesteps=60, eval_episodes=1, **SMALL.get(name, {}))
+        total_timesteps=60, eval_episodes=1, imagination_horizon=3, **SMALL.get(name, {}))
     first = dreamer.main(args, VARIANTS[name])
     assert first["updates"] > 0
     run, = (str(path) for path in Path("runs").iterdir())
