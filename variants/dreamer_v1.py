@@ -18,7 +18,8 @@ state, not for the mean of a batch; train_ratio and rec_scale are those of the i
 agc, warmup, ent-coef, anneal-ent and tau have no effect; anneal-lr lowers the step size of the
 world model alone.
 
-Measured: that each part computes what it should (test_dreamer_v1.py). No learning curve yet.
+Measured: Pendulum-v1, seed 1, with values of ours (`benchmark/README.md`): from −1,139 after 4,000
+steps to −172 ± 127 after 24,000, 18 minutes. The paper's own sizes and step sizes were not run.
 """
 import dataclasses
 import sys
