@@ -1737,10 +1737,9 @@ def test_runs_of_neighbouring_seeds_share_no_environment_and_evaluate_on_starts_
     for seed in (1, 2, 3):
         Witness.seeds.clear()
         D.main(args_of(env_id="test/Witness-v0", seed=seed, eval_every=60, total_timesteps=100))
-        training, first, last = Witness.seeds[:2], Witness.seeds[2:5], Witness.seeds[5:]
-        assert first == last and len(set(training + first)) == 5  # evaluations are comparable
-        used[seed] = {*training, *first}
-    assert len(set.union(*used.values())) == 15
+        used[seed] = set(Witness.seeds)  # of training, and of evaluations before and at the end
+        assert len(Witness.seeds) == len(used[seed]) == 2 + 3 + 3
+    assert len(set.union(*used.values())) == 24
 
 def test_evaluation_returns_are_the_first_episodes_of_environments_with_seeds_of_their_own():
     agent, expected = make_agent(Lengths.observation_space, Lengths.action_space), []
@@ -1981,7 +1980,8 @@ def test_a_run_ends_when_an_evaluation_has_the_wanted_return_and_is_evaluated_an
     monkeypatch.setattr(script.module, "evaluate", spy)
     values = dict(total_timesteps=60, eval_every=20)
     for stop_at, step in ((None, 60), (1e6, 60), (-1e6, 20)):
-        summary = script.module.main(script.args_of(stop_at=stop_at, **values))
+        args = script.args_of(stop_at=stop_at, exp_name=f"until {stop_at}", **values)
+        summary = script.module.main(args)
         assert summary["global_step"] == step and not summary["interrupted"]
         between = [f"evaluation at {at}" for at in range(20, min(60, step + 20), 20)]
         assert [x for x in seeds if " " in x] == between and seeds[len(between)] == "evaluation"
