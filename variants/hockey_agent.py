@@ -4,11 +4,11 @@
     python variants/hockey_agent.py --env-kwargs '{"script": "strong"}'
     python variants/hockey_agent.py --evaluate runs/HockeyDuel-v0__…          # share of victories
 
-Follows one of the plans behind this project. Differences from dreamer_v1.py: 64 Gaussian latents, a
+Differences from dreamer_v1.py: 64 Gaussian latents, a
 GRU and layers of 256; Adam with 3e-4 for the world model, 3e-5 for actor and critic; two KL losses,
 dyn and rep, weighted 0.5 and 0.1, above 1 free nat; γ 0.997; returns divided by their range. The
 reward is sparse: 10 for a victory, −10 for a defeat, nothing else. The mean return of episodes is
-therefore 10 · (share of victories − share of defeats). All that the plan leaves open is as in
+therefore 10 · (share of victories − share of defeats). What is not named here is that of
 dreamer_v1.py: batches of 50 × 50, horizon, action noise. --env-id takes other tasks too.
 
 Measured: that games are played, and that the settings are as above (test_hockey_agent.py). No
