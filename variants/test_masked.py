@@ -13,6 +13,8 @@ from torch.distributions import Categorical
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import masked
+import test_variants
+from test_variants import batch_of, tiny  # noqa: F401, the fixture gives a tiny size
 
 import dreamer
 
@@ -40,30 +42,12 @@ class Strict(gym.Env):
         return self.look(), float(action), self.t == 6, False, {}
 
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch):
-    monkeypatch.setitem(dreamer.SIZES, "tiny", dreamer.Size(64, 16, 5, 2, 16, latents=6))
+def strict(monkeypatch):
     spec = gym.envs.registration.EnvSpec("Strict-v0", Strict)
     monkeypatch.setitem(gym.registry, "Strict-v0", spec)
 
-def make_agent(observations=SPACE, actions=Discrete(CHOICES), scale=0.1, **values):
-    torch.manual_seed(1)
-    args = masked.Args(size="tiny", cuda=False, compile=False, warmup=0, learning_rate=1e-3,
-                       num_envs=2, batch_length=8, imagination_horizon=5, **values)
-    agent = masked.Masked(observations, actions, args)
-    with torch.no_grad():
-        for p in agent.parameters():
-            p.add_(scale * torch.randn(p.shape))
-    return agent
-
-def batch_of(agent, size=4):
-    rng = torch.Generator().manual_seed(3)
-    batch = {}
-    for name, (shape, dtype) in agent.replay_specs().items():
-        shape = (size, agent.args.batch_length + 1, *shape)
-        x = torch.rand(shape, generator=rng)
-        discrete = name == "obs/action_mask"
-        batch[name] = x < 0.1 if dtype == torch.bool else ((2 if discrete else 4) * x).to(dtype)
-    return batch
+def make_agent(observations=SPACE, actions=Discrete(CHOICES), **values):
+    return test_variants.make_agent("masked", observations, actions, kind=masked.Masked, **values)
 
 def random_masks(*shape):
     """bool (…, C), with at least one choice allowed."""

@@ -28,16 +28,18 @@ SMALL = {"dreamer_v1": dict(batch_length=16),  # what else keeps a test short
 def tiny(monkeypatch):
     monkeypatch.setitem(dreamer.SIZES, "tiny", dreamer.Size(64, 16, 5, 2, 16, latents=6))
 
-def make_agent(name, observations=Box(-1, 1, (3,)), actions=Discrete(4), **values):
-    """A tiny agent of a variant, with weights that are not at the zeros they begin with."""
+def make_agent(name, observations=Box(-1, 1, (3,)), actions=Discrete(4), kind=None, scale=0.1,
+               **values):
+    """A tiny agent of a variant, whose class is `kind` where VARIANTS does not have it, with noise
+    of `scale` on its weights, which else would begin with zeros."""
     torch.manual_seed(1)
     args = importlib.import_module(name).Args(
         size="tiny", cuda=False, compile=False, warmup=0, learning_rate=1e-3, num_envs=2,
         batch_length=8, imagination_horizon=5, image_size=48, **values)
-    agent = VARIANTS[name](observations, actions, args)
+    agent = (kind or VARIANTS[name])(observations, actions, args)
     with torch.no_grad():
         for p in agent.parameters():
-            p.add_(0.1 * torch.randn(p.shape))
+            p.add_(scale * torch.randn(p.shape))
     return agent
 
 def batch_of(agent, size=4):
@@ -47,7 +49,9 @@ def batch_of(agent, size=4):
     for name, (shape, dtype) in agent.replay_specs().items():
         shape = (size, agent.args.batch_length + 1, *shape)
         x = torch.rand(shape, generator=rng)
-        batch[name] = x < 0.1 if dtype == torch.bool else (4 * x).to(dtype)
+        spec = agent.observations.specs.get(name.removeprefix("obs/"))
+        top = min(spec.classes) if spec and spec.classes else 4
+        batch[name] = x < 0.1 if dtype == torch.bool else (top * x).to(dtype)
     return batch
 
 @pytest.mark.parametrize("name", VARIANTS)
