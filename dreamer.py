@@ -1430,6 +1430,9 @@ def explain_failure(name: str, packages: str, rendering: bool = False):
         raise InputError(f"{name} cannot be rendered here ({error}): MUJOCO_GL=egl may help, else "
                          "leave out --pixels and --capture-video") from None
 
+# for what is made again for every evaluation; Gymnasium makes Python forget what it warned of
+warn_once = functools.cache(warnings.warn)
+
 class RandomNoops(gym.Wrapper):
     """Begins an episode of Atari with 0 to 30 steps of doing nothing (Gymnasium: 1 to 30)."""
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
@@ -1478,8 +1481,8 @@ def make_env(args: Args, idx: int, capture_video: bool, run_name: str, seed: int
             keep = [key for key, sub in space.items() if isinstance(sub, usable)]
             if 0 < len(keep) < len(space):
                 if idx == 0:
-                    warnings.warn(f"{name}: only {keep} are observed, the rest are not numbers; if "
-                                  "one names the goal, as in BabyAI, the task cannot be solved")
+                    warn_once(f"{name}: only {keep} are observed, the rest are not numbers; if one "
+                              "names the goal, as in BabyAI, the task cannot be solved")
                 env = gym.wrappers.FilterObservation(env, keep)
         return gym.wrappers.RecordEpisodeStatistics(env)
 
@@ -1883,9 +1886,9 @@ class Run:
                           "one is filled")
             return
         saved = load_file(self.dir, self.replay_file)
-        if saved["step"] != self.step:
-            warnings.warn(f"the agent is of step {self.step:,}, its replay of step "
-                          f"{saved['step']:,}")
+        step = saved.get("step", self.step)  # replays of earlier versions do not tell
+        if step != self.step:
+            warnings.warn(f"the agent is of step {self.step:,}, its replay of step {step:,}")
         self.buffer.load_state_dict(saved)
 
     def open_log(self) -> Any:

@@ -1756,9 +1756,9 @@ class Run:
                           "one is filled")
             return
         saved = load_file(self.dir, self.replay_file)
-        if saved["step"] != self.step:
-            warnings.warn(f"the agent is of step {self.step:,}, its replay of step "
-                          f"{saved['step']:,}")
+        step = saved.get("step", self.step)  # replays of earlier versions do not tell
+        if step != self.step:
+            warnings.warn(f"the agent is of step {self.step:,}, its replay of step {step:,}")
         self.buffer.load_state_dict(saved)
 
     def open_log(self) -> Any:

@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import gymnasium as gym
@@ -1628,8 +1629,12 @@ def test_a_kl_that_stays_at_its_free_nats_is_warned_of_every_thousand_updates(sc
     assert warned == [1000, 2500, 3500]
 
 def test_text_is_left_out_of_observations_with_one_warning_for_all_environments(recwarn):
-    thunks = [D.make_env(args_of(env_id="test/WordsAndNumbers-v0"), i, False, "") for i in range(3)]
-    assert all(list(thunk().observation_space) == ["obs"] for thunk in thunks)
+    D.warn_once.cache_clear()
+    args = args_of(env_id="test/WordsAndNumbers-v0")
+    for _ in range(2):  # for training, and for an evaluation
+        warnings.simplefilter("always")
+        thunks = [D.make_env(args, i, False, "") for i in range(3)]
+        assert all(list(thunk().observation_space) == ["obs"] for thunk in thunks)
     assert ["'obs'" in str(x.message) for x in recwarn if "numbers" in str(x.message)] == [True]
 
 def test_arguments_of_the_environment_reach_it():
@@ -2017,6 +2022,10 @@ def test_a_replay_of_another_step_than_the_agent_is_warned_of(script, folder):
     torch.save(replay | {"step": 40}, run / "replay.pt")
     with pytest.warns(UserWarning, match="agent is of step 60, its replay of step 40"):
         script.module.main(script.args_of(total_timesteps=80, resume=str(run)))
+    replay = torch.load(run / "replay.pt")
+    torch.save({name: x for name, x in replay.items() if name != "step"}, run / "replay.pt")
+    longer = script.args_of(total_timesteps=100, resume=str(run))  # as of an earlier version
+    assert script.module.main(longer)["global_step"] == 100
 
 def test_a_folder_that_cannot_be_made_is_an_input_error(script, folder):
     (folder / "runs").touch()  # a file, where the folder should be
@@ -2181,8 +2190,8 @@ def test_torchrun_spreads_a_run_over_processes_and_only_as_many_resume_it(script
 
 # ======================================= dreamer_marl.py: the method for teams, and what it needs
 
-OF_DREAMER_ALONE = {"OUR_SIZE", "PRESETS", "suite_of", "PACKAGES", "RandomNoops", "make_env",
-                    "evaluate", "main"}
+OF_DREAMER_ALONE = {"OUR_SIZE", "PRESETS", "suite_of", "PACKAGES", "warn_once", "RandomNoops",
+                    "make_env", "evaluate", "main"}
 
 def definitions(module):
     """name → source, of everything that is defined at the top of a file, in its order."""
