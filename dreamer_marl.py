@@ -41,21 +41,26 @@ import argparse
 import collections
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import datetime
+import faulthandler
 import functools
 import gc
 import importlib
 import itertools
 import json
 import math
+import multiprocessing.connection
 import os
 import pkgutil
 import random
 import signal
 import sys
+import threading
 import time
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Annotated, Any, Callable, Literal, NamedTuple
 
@@ -118,6 +123,7 @@ class Args:
     log_every: int = 500  # steps between records of losses and speeds
     save_model: bool = True  # save agent.pt and replay.pt when the run ends or is interrupted
     checkpoint_every: int = 0  # steps between further saves; 0: none
+    run_dir: str = ""  # folder of the run, in place of runs/…; a run that it holds is continued
     resume: str = ""  # folder of a run to continue; flags override its saved arguments
     evaluate: str = ""  # folder of a run whose agent is played, not trained
     eval_episodes: int = 10  # episodes of an evaluation
@@ -132,6 +138,7 @@ class Args:
     num_envs: int = 16  # environments stepped together
     # in this process, or each in one of its own, which pays above a millisecond a step
     vectorization: Literal["sync", "async"] = "sync"
+    env_timeout: float = 600.0  # seconds that such a process may take to answer; 0: any number
     total_timesteps: Steps = 1_000_000  # environment steps, over all environments
 
     size: Literal["1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "12m"  # of the model
@@ -173,14 +180,14 @@ class Args:
             raise InputError(f"image_size {self.image_size}: take a multiple of 16 from 48 to 256")
         if Path(self.exp_name).name != self.exp_name:
             raise InputError(f"exp_name {self.exp_name!r} is no name: it may not lead elsewhere")
-        if self.resume and self.evaluate:
-            raise InputError(f"resume {self.resume!r} and evaluate {self.evaluate!r}: give one")
+        if len(folders := [x for x in (self.run_dir, self.resume, self.evaluate) if x]) > 1:
+            raise InputError(f"run_dir, resume and evaluate name {' and '.join(folders)}: give one")
         ranges = {name: (0, 1e12) for name, x in vars(self).items() if type(x) in (int, float)}
         positive = "num_envs total_timesteps batch_size log_every eval_episodes"
         ranges |= dict.fromkeys(positive.split(), (1, 1e12))
         ranges |= dict(batch_length=(2, 1e12), agc=(1e-6, 1e12), gamma=(1e-6, 1), tau=(1e-6, 1),
                        return_lambda=(0, 1), seed=(0, 2**31), stop_at=(-1e12, 1e12),
-                       threads=(0, 1024), imagination_horizon=(1, 1000))
+                       threads=(0, 1024), imagination_horizon=(1, 1000), learning_rate=(0, 0.1))
         if self.stop_at is None:
             del ranges["stop_at"]
         elif not self.eval_every:
@@ -717,12 +724,25 @@ class WorldModel(nn.Module):
 # ---------------------------------------------------------------------------------------- replay
 
 def free_bytes(device: str) -> float:
-    """Free memory of "cuda" or, as far as the system tells, of "cpu"."""
+    """Free memory of "cuda" or, for each process and as far as the system tells, of "cpu"."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
-    meminfo = Path("/proc/meminfo")
-    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
-    return next((1024.0 * int(x.split()[1]) for x in lines if x.startswith("MemAvail")), math.inf)
+    free = [math.inf]
+    if (meminfo := Path("/proc/meminfo")).exists():
+        lines = meminfo.read_text().splitlines()
+        free += [1024.0 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable")]
+    if (group := Path("/sys/fs/cgroup/memory.max")).exists() and group.read_text().strip() != "max":
+        used = int(group.with_name("memory.current").read_text())  # of a container, files included
+        stat = dict(x.split() for x in group.with_name("memory.stat").read_text().splitlines())
+        free.append(float(group.read_text()) - used + int(stat["inactive_file"]))
+    return min(free) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+def alone(x: Tensor) -> Tensor:
+    """`x`, the first rows of another tensor, without the rest, which torch.save would write too. It
+    is no copy, for which there may be no room."""
+    begin = x.storage_offset() * x.itemsize
+    storage = x.untyped_storage()[begin : begin + x.nbytes]
+    return torch.empty(0, dtype=x.dtype).set_(storage, 0, x.shape)
 
 class ReplayBuffer:
     """A ring of the last `capacity` steps, divided over the environments. It yields windows of
@@ -802,25 +822,30 @@ class ReplayBuffer:
 
     def state_dict(self) -> dict[str, Any]:
         size = min(self.count, self.rows)
-        copy = size < self.rows  # a full ring is not copied, for there may be no room for it
-        data = {name: [env[:size].to("cpu", copy=copy) for env in column]
+        data = {name: [alone(env[:size].cpu()) for env in column]
                 for name, column in self.data.items()}
         return {"data": data, "count": self.count, "rows": self.rows, "online": list(self.online),
                 "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores a saved ring. Raises InputError if this one has another layout or capacity."""
+        """Restores a saved ring; one of another capacity is unrolled, and its newest steps are
+        kept. Raises InputError if this one has another layout."""
         ours = {name: (len(x), *x[0].shape[1:]) for name, x in self.data.items()}
         saved = {name: (len(x), *x[0].shape[1:]) for name, x in state["data"].items()}
-        not_wrapped = state["count"] <= min(self.rows, state["rows"])
-        if ours != saved or not (state["rows"] == self.rows or not_wrapped):
-            raise InputError("the saved replay has another layout: keep its env_id, size, num_envs "
-                             "and buffer_size, and total_timesteps no smaller")
+        if ours != saved:
+            raise InputError("the saved replay has another layout: keep its env_id, size and "
+                             "num_envs")
+        kept = min(state["count"], state["rows"], self.rows)
+        earlier = 0 if state["rows"] == self.rows else state["count"] - kept  # steps given up
+        steps = torch.arange(state["count"] - kept, state["count"])
         for name, envs in state["data"].items():
             for column, env in zip(self.data[name], envs):
-                column[: len(env)] = env
-        self.count = state["count"]
-        self.online = collections.deque(tuple(x) for x in state["online"])
+                for some in steps.split(1000):  # there may be no room for all at once
+                    column[(some - earlier) % self.rows] = env[some % state["rows"]].to(self.device)
+        self.count = state["count"] - earlier
+        queue = [(env, step - earlier) for env, step in state["online"]]
+        self.online = collections.deque(
+            (env, step) for env, step in queue if 0 <= step <= self.count - self.window)
         self.generator.set_state(state["generator"])
         if self.count:  # environments start anew, so the streams break off here
             self.data["is_last"][:, (self.count - 1) % self.rows] = True
@@ -1392,6 +1417,65 @@ class SyncVectorEnv(gym.vector.SyncVectorEnv):
     def step_wait(self) -> tuple:  # by now a GPU has its updates queued, and works beside the CPU
         return self.step(self.pending)
 
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")
+           if hasattr(signal, name)]  # that interrupt a run
+
+def in_worker(main_process: int, thunk: Callable[[], gym.Env]) -> gym.Env:
+    """Makes an environment. In a process of its own it ignores what a terminal sends to all, which
+    is for the main process to answer, and SIGUSR1 prints where it is."""
+    if os.getpid() != main_process:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+        if hasattr(faulthandler, "register"):
+            faulthandler.register(signal.SIGUSR1)
+    return thunk()
+
+class AsyncVectorEnv(gym.vector.AsyncVectorEnv):
+    """Steps in processes of their own. Raises InputError if one dies, or hangs for more than
+    `timeout` seconds (0: waits for ever); then it prints where."""
+    def __init__(self, thunks: list[Callable], timeout: float, **kwargs: Any):
+        self.timeout = timeout or None
+        self.healthy = False
+        thunks = [functools.partial(in_worker, os.getpid(), thunk) for thunk in thunks]
+        super().__init__(thunks, **kwargs)
+
+    @contextlib.contextmanager
+    def watched(self):
+        self.healthy = False
+        try:
+            yield
+            self.healthy = True
+        except multiprocessing.TimeoutError:
+            pairs = zip(self.processes, self.parent_pipes)
+            late = [i for i, (process, pipe) in enumerate(pairs) if not pipe.poll()]
+            for i in late if hasattr(signal, "SIGUSR1") else ():
+                os.kill(self.processes[i].pid, signal.SIGUSR1)
+            time.sleep(1)  # for what they print
+            raise InputError(f"environments {late} did not answer for {self.timeout:g} s (where "
+                             "they are stands above): mend them, or raise --env-timeout") from None
+        except (EOFError, ConnectionError):
+            sentinels = [process.sentinel for process in self.processes]
+            ended = multiprocessing.connection.wait(sentinels, timeout=5)
+            dead = [i for i, sentinel in enumerate(sentinels) if sentinel in ended]
+            raise InputError(f"the processes of environments {dead} died: see what ended them, "
+                             "memory for example") from None
+
+    def reset_wait(self, timeout: float | None = None) -> tuple:
+        with self.watched():
+            return super().reset_wait(self.timeout)
+
+    def step_wait(self, timeout: float | None = None) -> tuple:
+        with self.watched():
+            return super().step_wait(self.timeout)
+
+    def close_extras(self, timeout: float | None = None, terminate: bool = False) -> None:
+        """Does not wait for environments that may never answer."""
+        if terminate or not self.healthy:
+            for process in self.processes:
+                process.kill()
+            self._state = gym.vector.async_vector_env.AsyncState.DEFAULT
+        super().close_extras(timeout, terminate or not self.healthy)
+
 def make_vector_env(args: Args, num_envs: int, run_name: str, seeds: list[int],
                     capture_video: bool = False) -> gym.vector.VectorEnv:
     """`num_envs` environments that reset themselves: the step after an episode's last one ignores
@@ -1401,7 +1485,7 @@ def make_vector_env(args: Args, num_envs: int, run_name: str, seeds: list[int],
     if args.vectorization == "sync":
         return SyncVectorEnv(thunks, autoreset_mode=mode)
     context = "spawn" if args.pixels and sys.platform != "win32" else None  # GL dies in a fork
-    return gym.vector.AsyncVectorEnv(thunks, context=context, autoreset_mode=mode)
+    return AsyncVectorEnv(thunks, args.env_timeout, context=context, autoreset_mode=mode)
 
 def leaves(tree: Any, root: str, path: str = "") -> dict[str, Any]:
     """Leaves of nested dicts and tuples, spaces or batches, by path: {"a": (x, y)} → {"a/0": x,
@@ -1619,10 +1703,14 @@ def load_file(run_dir: str | Path, name: str = "agent.pt") -> dict[str, Any]:
         raise InputError(f"{run_dir} holds no {name}: give the folder of a run that ended, was "
                          "interrupted, or was started with --checkpoint-every")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # compares checksums, which torch.load does not
+                raise zipfile.BadZipFile(damaged)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # of many kinds
-        raise InputError(f"{path} is damaged or of another program ({type(error).__name__}): take "
-                         "a copy, or start anew") from None
+        remedy = "take a copy, or " + ("start anew" if name == "agent.pt" else "delete it")
+        raise InputError(f"{path} is damaged or of another program ({type(error).__name__}): "
+                         f"{remedy}") from None
 
 def restore(agent: Dreamer, run_dir: str | Path, rank: int = 0) -> dict[str, Any]:
     """Loads a saved agent into `agent`, and returns the run's counters. Raises InputError if it
@@ -1641,22 +1729,32 @@ def restore(agent: Dreamer, run_dir: str | Path, rank: int = 0) -> dict[str, Any
 def parse_args(argv: list[str] | None = None, args_class: type[Args] = Args) -> Args:
     """The command line, on top of the preset of its --env-id or of a saved run's arguments."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # what chooses the defaults
-    for name in ("env_id", "resume", "evaluate"):
+    for name in ("env_id", "run_dir", "resume", "evaluate"):
         flags = f"--{name}", f"--{name.replace('_', '-')}"
         first.add_argument(*dict.fromkeys(flags), default=getattr(args_class, name))
     first.add_argument("--pixels", action="store_true")
     known, _ = first.parse_known_args(argv)
-    run_dir = known.resume or known.evaluate
+    restarted = bool(known.run_dir) and Path(known.run_dir, "agent.pt").is_file()
+    run_dir = known.resume or known.evaluate or (known.run_dir if restarted else "")
     try:
         default = (args_class(**load_file(run_dir)["args"]) if run_dir
                    else args_class.preset(known.env_id, known.pixels))
     except (TypeError, KeyError) as error:
         raise InputError(f"{run_dir} is of another script or another version ({error})") from None
-    default = dataclasses.replace(default, resume="", evaluate="")
+    default = dataclasses.replace(default, run_dir="", resume="", evaluate="")
     description = sys.modules[args_class.__module__].__doc__.split("\n\n")[0]
-    return tyro.cli(args_class, args=argv, default=default, description=description)
+    args = tyro.cli(args_class, args=argv, default=default, description=description)
+    return dataclasses.replace(args, run_dir="", resume=args.run_dir) if restarted else args
 
 # --------------------------------------------------------------------------------------- the run
+
+def keep_freed_memory() -> None:
+    """Tells glibc not to give large blocks back to the system, only to ask for them again: 4 to 6%
+    of an update on a CPU."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # other systems, other libraries
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped alone
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's end is kept
 
 class Run:
     """What surrounds the loop of `main`: processes, seeds, folder, log, checkpoints, interruption
@@ -1676,6 +1774,7 @@ class Run:
             patience = datetime.timedelta(hours=2)  # while the first process evaluates
             distributed.init_process_group("nccl" if gpu else "gloo", timeout=patience)
         torch.manual_seed(derive_seeds(args.seed, "weights")[0])  # the same in every process
+        keep_freed_memory()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         # half of them: with all, any other process would stall every layer
         torch.set_num_threads(args.threads or max(1, cores // 2 // self.ranks))
@@ -1683,14 +1782,20 @@ class Run:
         name = [f"runs/{env}__{args.exp_name}__{args.seed}__{int(time.time())}"]
         if self.ranks > 1:
             distributed.broadcast_object_list(name)
-        self.dir = Path(args.resume or args.evaluate or name[0])
+        self.dir = Path(args.resume or args.evaluate or args.run_dir or name[0])
+        self.saved_args = {}
         if args.resume or args.evaluate:
-            load_file(self.dir)  # fails before anything is made
+            self.saved_args = load_file(self.dir)["args"]  # fails before anything is made
         self.replay_file = f"replay{self.rank or ''}.pt"
-        self.counters = {"global_step": 0, "updates": 0, "seconds": 0.0, "ranks": self.ranks}
+        self.counters = {"global_step": 0, "updates": 0, "updates_owed": 0.0, "annealed": 0.0,
+                         "seconds": 0.0, "ranks": self.ranks}  # at the beginning of this part
         self.step = 0
         self.updates = 0
         self.updates_owed = 0.0
+        self.signal: int | None = None  # that interrupted the run
+        self.handlers = {}  # of signals, before the run
+        self.saving = False
+        self.lock: int | None = None  # descriptor of the folder
         self.episodes = []
         self.eval_returns = []
         self.metrics = {}
@@ -1721,13 +1826,19 @@ class Run:
         self.envs = envs
         self.agent = agent
         if args.resume:
-            self.counters = restore(agent, self.dir, self.rank)
+            self.counters |= restore(agent, self.dir, self.rank)
         if self.counters["ranks"] != self.ranks:
             before = self.counters["ranks"]
             raise InputError(f"{self.dir} was run by {before} processes, not by {self.ranks}: "
                              f"resume it with torchrun --nproc-per-node {before}")
         self.step = self.counters["global_step"]
         self.updates = self.counters["updates"]
+        self.updates_owed = self.counters["updates_owed"]
+        if self.finished:
+            raise InputError(f"{self.dir} has made its {self.step:,} steps: raise "
+                             "--total-timesteps, or play it with --evaluate")
+        if args.anneal_lr and self.annealed >= 1:
+            warnings.warn("the step size was annealed to zero: add --no-anneal-lr to learn on")
         self.buffer = self.make_buffer(envs.num_envs)
         if args.resume:
             self.load_replay()
@@ -1771,19 +1882,23 @@ class Run:
                 import wandb
             wandb.init(name=self.dir.name, config=vars(args), sync_tensorboard=True, save_code=True)
         try:
-            self.dir.mkdir(parents=True, exist_ok=bool(args.resume))
+            self.dir.mkdir(parents=True, exist_ok=bool(args.resume or args.run_dir))
         except FileExistsError:
             raise InputError(f"{self.dir} is another run's, begun in the same second: start again, "
                              "or give this one an --exp-name") from None
         except OSError as error:
             raise InputError(f"{self.dir} cannot be made ({error.strerror}): start where you may "
                              "write") from None
+        self.lock_folder()
         writer = SummaryWriter(str(self.dir))
         pair = ["diagnostics/tar", "diagnostics/real_return"]  # λ-returns of dreams, of the replay
         writer.add_custom_scalars({"returns": {"dreamed and real": ["Multiline", pair]}})
         rows = [f"|{name}|{value}|" for name, value in vars(args).items()]
         writer.add_text("hyperparameters", "\n".join(["|param|value|", "|-|-|", *rows]))
-        print(*(f"{name} = {value}" for name, value in vars(args).items()), sep="\n")
+        for name, value in vars(args).items():
+            before = self.saved_args.get(name, value)
+            changed = before != value and name != "resume"
+            print(f"{name} = {value}" + (f"  (it was {before})" if changed else ""))
         for name, spec in self.agent.observations.specs.items():
             print(f"observation {name}: {spec.kind} {spec.shape}")
         steps = buffer.num_envs * buffer.rows
@@ -1791,6 +1906,17 @@ class Run:
               f"{self.ranks} × {self.agent.device}; replay of {steps:,} steps on {buffer.device}, "
               f"{steps * buffer.bytes_per_step / 2**30:.2f} GiB when full")
         return writer
+
+    def lock_folder(self) -> None:
+        """Raises InputError if another process runs in this folder, as far as the system tells."""
+        with contextlib.suppress(ImportError, OSError):  # there is no fcntl on Windows
+            import fcntl
+
+            self.lock = os.open(self.dir, os.O_RDONLY)
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"{self.dir} is used by another process: let it end") from None
 
     def reset(self) -> tuple[Any, dict[str, np.ndarray]]:
         """The first observations, and what arrives with them."""
@@ -1825,7 +1951,24 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return self.solved or self.step >= self.args.total_timesteps
+        return bool(self.solved or self.signal) or self.step >= self.args.total_timesteps
+
+    @property
+    def annealed(self) -> float:
+        """What fraction of the way to zero is gone by what is annealed. Where a run is continued
+        it does not jump, even if its length has changed."""
+        before = self.counters
+        steps = max(1, self.args.total_timesteps - before["global_step"])
+        left = (1 - before["annealed"]) * (1 - (self.step - before["global_step"]) / steps)
+        return 1 - left
+
+    def interrupt(self, number: int, frame: Any) -> None:
+        """Handles a signal: the run ends after this step, or at once if it is evaluating or asked
+        for the second time. Saving goes on."""
+        again = self.signal is not None
+        self.signal = number
+        if not self.agent.training or (again and not self.saving):
+            raise KeyboardInterrupt
 
     def crossed(self, every: int) -> bool:
         """Did the last step of all environments cross a multiple of `every`?"""
@@ -1843,7 +1986,10 @@ class Run:
                 self.bar.write(f"global_step={self.step}, episodic_return={self.episodes[-1]:.2f}")
             self.record({"charts/episodic_return": self.episodes[-1],
                          "charts/episodic_length": info["episode"]["l"][i]})
-        if metrics and self.crossed(args.log_every):
+        if self.writer and not self.dir.is_dir():
+            self.dir.mkdir(parents=True)
+            self.bar.write(f"warning: {self.dir} was deleted; what comes now is saved in a new one")
+        if metrics and (self.crossed(args.log_every) or self.finished):
             self.log_metrics()
         if metrics and self.writer and self.crossed(args.video_every):
             with preserve_randomness(self.agent.act_rng, self.buffer.generator), \
@@ -1860,7 +2006,7 @@ class Run:
             self.save()
 
     def log_metrics(self) -> None:
-        """Raises InputError if the loss is no longer finite."""
+        """Raises InputError if losses or gradients are no longer finite."""
         means = torch.stack([x.float() for x in self.metrics.values()])
         average_over_processes([means])
         values = dict(zip(self.metrics, means.tolist()))
@@ -1885,9 +2031,11 @@ class Run:
                            f"{self.updates - self.above_floor:,} updates, so latents say next to "
                            "nothing: raise --rec-scale, or lower --free-nats")
             self.above_floor = self.updates
-        if not math.isfinite(values["losses/total"]):
-            raise InputError(f"the loss became {values['losses/total']} at step {self.step}: lower "
-                             "--learning-rate, or --resume from what --checkpoint-every saved")
+        for name, value in values.items():
+            watched = name.startswith("losses/") or name == "diagnostics/grad_norm"
+            if watched and not math.isfinite(value):
+                raise InputError(f"{name} became {value} by step {self.step}: lower "
+                                 "--learning-rate, or --resume from what --checkpoint-every saved")
 
     def record(self, values: dict[str, Any]) -> None:
         for tag, value in values.items() if self.writer else ():
@@ -1917,6 +2065,7 @@ class Run:
         seconds = time.time() - self.start
         before = self.counters
         return {"global_step": self.step, "updates": self.updates, "ranks": self.ranks,
+                "updates_owed": self.updates_owed, "annealed": self.annealed,
                 "seconds": before["seconds"] + seconds,
                 "sps": (self.step - before["global_step"]) / seconds,
                 "updates_per_second": (self.updates - before["updates"]) / seconds}
@@ -1925,7 +2074,9 @@ class Run:
         """Writes agent and replay, unless the weights are no longer finite. What cannot be written
         is warned of, and skips nothing else."""
         if not all(p.isfinite().all() for p in self.agent.learned):
+            warnings.warn("the weights are no longer finite, and are not saved")
             return
+        self.saving = True
         files = {"agent.pt": self.saved} if self.rank == 0 else {}
         files[self.replay_file] = lambda: self.buffer.state_dict() | {"step": self.step}
         for name, content in files.items():
@@ -1933,35 +2084,53 @@ class Run:
                 save_file(self.dir / name, content())
             except (OSError, RuntimeError) as error:  # the disk is full, for example
                 warnings.warn(f"{self.dir / name} of step {self.step:,} is not saved: {error}")
+        self.saving = False
 
     def saved(self) -> dict[str, Any]:
         return {"agent": self.agent.state_dict(), "args": vars(self.args),
                 "counters": self.progress()}
 
     def __enter__(self) -> "Run":
+        """From here on, signals are handled by `interrupt`."""
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                    self.handlers[number] = signal.signal(number, self.interrupt)
         return self
 
     def __exit__(self, kind: type | None, error: Any, trace: Any) -> bool:
-        finished = kind is None
+        interrupted = kind is not None or self.signal is not None
         progress = self.progress()
         self.bar.close()
         if self.args.save_model:
             self.save()
-        self.envs.close(terminate=not finished)
+        self.saving = True
+        self.envs.close(terminate=interrupted)
         with contextlib.suppress(KeyboardInterrupt):  # the summary is written anyway
-            if finished:
+            if not interrupted:
                 self.evaluate()
         gpu = self.agent.device.type == "cuda"
         self.summary = progress | self.eval_results() | {
-            "interrupted": not finished, "train_returns": self.episodes[-20:],
-            "args": vars(self.args), "device": torch.cuda.get_device_name() if gpu else "cpu",
+            "interrupted": interrupted, "signal": self.signal,
+            "train_returns": self.episodes[-20:], "args": vars(self.args),
+            "device": torch.cuda.get_device_name() if gpu else "cpu",
             "versions": {x.__name__: x.__version__ for x in (torch, np, gym)}}
         if self.writer:
-            (self.dir / "summary.json").write_text(json.dumps(self.summary, indent=2))
-            self.writer.close()
+            try:
+                (self.dir / "summary.json").write_text(json.dumps(self.summary, indent=2))
+                self.writer.close()
+            except OSError as problem:
+                warnings.warn(f"the summary is not saved: {problem}")
             print(f"{self.dir}: {self.step:,} steps, {self.updates:,} updates, "
                   f"{progress['seconds']:.0f} s, evaluation return {self.eval_sentence()}")
-        return kind is KeyboardInterrupt  # an interrupted run ends well; other errors go on
+            if interrupted and (self.dir / "agent.pt").is_file():
+                print(f"go on with --resume {self.dir}")
+        if self.lock is not None:
+            os.close(self.lock)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        # an interrupted run ends well, even if the signal ended an environment too
+        return kind is KeyboardInterrupt or (self.signal is not None and kind is InputError)
 
 # =============================================== Dreaming of Others: from here on, the method
 
@@ -3235,7 +3404,7 @@ def main(args: SocialArgs, agent_class: type[SocialDreamer] = SocialDreamer) -> 
             # 3. step, and in the meantime
             envs.step_async(action)
             # 4. learn
-            agent.anneal(run.step / args.total_timesteps)
+            agent.anneal(run.annealed)
             for _ in range(run.updates_due()):
                 metrics, latents = agent.update(batch := buffer.sample(args.batch_size))
                 buffer.write_back(batch, **latents)
@@ -3246,21 +3415,21 @@ def main(args: SocialArgs, agent_class: type[SocialDreamer] = SocialDreamer) -> 
     return run.summary
 
 def command_line(args_class: type[Args] = Args, agent_class: type[Dreamer] = Dreamer) -> None:
-    """`main` as a program: SIGTERM and SIGHUP interrupt it, and bad input ends with status 2."""
-    numbers = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]
-    numbers = [x for x in numbers if x and signal.getsignal(x) != signal.SIG_IGN]  # as nohup has it
-    for number in numbers:
-        signal.signal(number, signal.default_int_handler)
-        if hasattr(os, "register_at_fork"):  # so that workers of an interrupted run end silently
-            os.register_at_fork(after_in_child=lambda x=number: signal.signal(x, signal.SIG_DFL))
+    """`main` as a program. Its status is 2 after bad input, 128 and the signal's number after an
+    interruption."""
+    summary = {"interrupted": True}  # before the run began
     try:
-        main(parse_args(args_class=args_class), agent_class)
+        summary = main(parse_args(args_class=args_class), agent_class)
         if distributed.is_initialized():
             gc.collect()  # NCCL does not end before the CUDA graphs that hold its messages
             distributed.destroy_process_group()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        pass
+    if summary.get("signal") or summary.get("interrupted"):
+        sys.exit(128 + (summary.get("signal") or signal.SIGINT))
 
 if __name__ == "__main__":
     command_line(SocialArgs, SocialDreamer)

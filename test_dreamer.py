@@ -19,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import types
 import warnings
 from pathlib import Path
@@ -191,6 +192,9 @@ def run_of(folder):
     run, = (folder / "runs").iterdir()
     return run
 
+def summary_of(run):
+    return json.loads((run / "summary.json").read_text())
+
 # ---------------------------------------------------------------------------- time and alignment
 
 class Echo(gym.Env):
@@ -339,13 +343,23 @@ def test_write_back_changes_exactly_the_trained_rows_of_the_sampled_windows():
         sign = -1 if (e, t) in written else 1
         equal(replay.data["stoch"][e, row], torch.tensor([sign * (1000 * e + t)] * 2))
 
-def test_a_saved_replay_takes_the_space_of_what_it_holds_and_a_full_one_is_not_copied(tmp_path):
-    replay = integers(capacity=300_000, steps=20)
-    torch.save(replay.state_dict(), tmp_path / "replay.pt")
-    assert (tmp_path / "replay.pt").stat().st_size < 50_000
-    full = integers(steps=33)
-    for name, envs in full.state_dict()["data"].items():
-        assert [x.data_ptr() for x in envs] == [x.data_ptr() for x in full.data[name]]
+def test_a_saved_replay_takes_the_space_of_what_it_holds_and_is_not_copied(tmp_path):
+    for capacity, steps in ((300_000, 20), (60, 33)):
+        replay = integers(capacity=capacity, steps=steps)
+        torch.save(replay.state_dict(), tmp_path / "replay.pt")
+        assert (tmp_path / "replay.pt").stat().st_size < 50_000
+        for name, envs in replay.state_dict()["data"].items():
+            assert [x.data_ptr() for x in envs] == [x.data_ptr() for x in replay.data[name]]
+
+def test_free_memory_is_what_the_container_leaves_shared_by_the_processes(tmp_path, monkeypatch):
+    for name, text in dict(max="4000", current="3000", stat="anon 1\ninactive_file 500\n").items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    monkeypatch.setattr(D, "Path", lambda x: Path(x.replace("/sys/fs/cgroup", str(tmp_path))))
+    assert D.free_bytes("cpu") == 1500
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert D.free_bytes("cpu") == 750
+    (tmp_path / "memory.max").write_text("max")
+    assert 10**6 < D.free_bytes("cpu") < 10**13
 
 def test_a_restored_replay_draws_what_the_saved_one_would_have_and_ends_broken_episodes(tmp_path):
     replay = integers(steps=33)
@@ -360,8 +374,21 @@ def test_a_restored_replay_draws_what_the_saved_one_would_have_and_ends_broken_e
         add(restored, t)
         ours, theirs = (x.sample(3) for x in (restored, replay))
         same(ours | {"is_last": None}, theirs | {"is_last": None})
+
+@pytest.mark.parametrize("capacity, newest", [(90, 20), (45, 15)])
+def test_a_ring_of_another_capacity_is_unrolled_and_keeps_the_newest_steps(capacity, newest):
+    saved = integers(steps=33).state_dict()  # 20 rows of each environment: steps 13 to 32
+    restored = integers(capacity=capacity, seed=9)
+    restored.load_state_dict(saved)
+    assert len(restored) == 3 * newest
+    for t in range(33, 40):
+        add(restored, t)
+    windows = torch.cat([restored.sample(8)["t"] for _ in range(100)])
+    assert (windows.diff(dim=1) == 1).all()  # in the order of time, none crosses the seam
+    kept = min(newest + 7, capacity // 3)
+    assert windows.min() == 40 - kept and windows.max() == 39
     with pytest.raises(D.InputError, match="layout"):
-        integers(capacity=90).load_state_dict(replay.state_dict())
+        integers(envs=2).load_state_dict(saved)
 
 @cuda
 def test_a_replay_on_the_gpu_gives_the_windows_of_one_on_the_cpu():
@@ -1804,14 +1831,11 @@ def test_the_command_line_takes_the_preset_of_the_environment_and_flags_on_top()
 def call(script, monkeypatch, *flags, agent_class=None):
     """Runs the command line of a script in this process; returns its exit status."""
     monkeypatch.setattr(sys, "argv", ["script", *flags])
-    handler = signal.getsignal(signal.SIGTERM)  # the command line sets another one
     try:
         script.module.command_line(script.args_class, agent_class or script.agent_class)
         return 0
     except SystemExit as end:
         return end.code
-    finally:
-        signal.signal(signal.SIGTERM, handler)
 
 def act_on(value, space=VECTOR):
     obs = np.full((1, *space.shape), value, np.float32)
@@ -1841,7 +1865,7 @@ MISTAKES = {  # what was done, and what the message must name
     "parts of different size": (
         lambda: args_of(batch_size=4, accumulate=3).check(), "accumulate 3.*divisor.*4"),
     "to resume and to evaluate at once": (
-        lambda: args_of(resume="a", evaluate="b").check(), "resume.*'a'.*evaluate.*'b'"),
+        lambda: args_of(resume="a", evaluate="b").check(), "resume.*evaluate.*name a and b"),
     "a replay on a GPU that is not used": (
         lambda: args_of(buffer_device="cuda").check(), "buffer_device.*cuda"),
     "an environment that does not render": (
@@ -1889,15 +1913,25 @@ def test_a_missing_package_is_an_input_error_with_the_line_that_installs_it(
     with pytest.raises(D.InputError, match=f"pip install .*{package}"):
         make_env(env_id)
 
-@pytest.mark.parametrize("flags,named", [
-    (["--env-id", "no_such_module.env_v0"], "no_such_module.env_v0"),
-    (["--evaluate", "no/such/run"], "no/such/run"), (["--size", "13m"], "13m"),
-    (["--batch-length", "999", "--buffer-size", "1000"], "999")])
+WRONG = {  # flags, and what the answer must name
+    "--size 13m": "13m", "--no-such-flag": "no-such-flag", "--seed one": "one", "--env-id=": "''",
+    "--batch-length 999 --buffer-size 1000": "999", "--total-timesteps 1e": "1e",
+    "--env-id no_such_module.env_v0": "no_such_module", "--agc 0": "agc 0",
+    "--evaluate no/such/run": "no/such/run", "--resume no/such/run": "no/such/run",
+    "--total-timesteps 0": "total_timesteps 0", "--gamma 1.5": "gamma 1.5",
+    "--threads 100000": "threads 100000", "--imagination-horizon 1e9": "1e9",
+    "--learning-rate 10": "learning_rate 10", "--num-envs -1": "num_envs -1",
+    "--train-ratio nan": "train_ratio nan", "--precision float64": "float64",
+    "--exp-name ../elsewhere": "../elsewhere", "--env-kwargs {": "env_kwargs",
+    "--eval-every -5": "eval_every -5",
+    "--total-timesteps 1e11 --buffer-size 100000000000": "GiB"}
+
+@pytest.mark.parametrize("flags", WRONG)
 def test_the_command_line_answers_a_mistake_with_status_2_and_writes_nothing(
-        script, folder, monkeypatch, capsys, flags, named):
-    assert call(script, monkeypatch, *flags) == 2
+        script, folder, monkeypatch, capsys, flags):
+    assert call(script, monkeypatch, *flags.split()) == 2
     error = capsys.readouterr().err
-    assert named in error and "Traceback" not in error
+    assert WRONG[flags] in error and "Traceback" not in error
     assert not list(folder.iterdir())
 
 def test_help_explains_every_argument_with_its_comment(script, monkeypatch, capsys):
@@ -1965,11 +1999,8 @@ def test_a_run_trains_at_its_ratio_logs_saves_resumes_and_is_evaluated(folder):
 
     evaluation = D.main(D.parse_args(["--evaluate", str(run), "--eval-episodes", "4"]))
     assert len(evaluation["eval_returns"]) == 4 and run_of(folder) == run  # and no other folder
-    saved = D.load_file(run)["agent"]
-    D.main(dataclasses.replace(args, resume=str(run)))  # nothing is left to do, and nothing changes
-    again = D.load_file(run)["agent"]
-    assert saved.pop("_extra_state").keys() == again.pop("_extra_state").keys()
-    same(saved, again)
+    with pytest.raises(D.InputError, match="has made its 120 steps: raise --total-timesteps"):
+        D.main(dataclasses.replace(args, resume=str(run)))
     longer = D.main(D.parse_args(["--resume", str(run), "--total-timesteps", "160"]))
     assert longer["global_step"] == 160 and longer["updates"] == updates + 5
     assert D.load_file(run, "replay.pt")["count"] == 80
@@ -2051,7 +2082,7 @@ def test_two_runs_that_begin_in_the_same_second_do_not_share_a_folder(folder, mo
     assert len(list((folder / "runs").iterdir())) == 2
 
 def interrupted_by(script, interrupt, at=5):
-    """The agent of `script`, which calls `interrupt` in place of update number `at`."""
+    """The agent of `script`, which calls `interrupt` before update number `at`."""
     calls = itertools.count(1)
 
     class Interrupted(script.agent_class):
@@ -2065,6 +2096,10 @@ def interrupted_by(script, interrupt, at=5):
 def break_off():
     raise KeyboardInterrupt
 
+def send(number, times=1):
+    for _ in range(times):
+        os.kill(os.getpid(), number)
+
 def test_an_interrupted_run_saves_and_can_be_resumed(script, folder):
     agent_class = interrupted_by(script, break_off)
     summary = script.module.main(script.args_of(), agent_class)
@@ -2077,30 +2112,141 @@ def test_an_interrupted_run_saves_and_can_be_resumed(script, folder):
     assert resumed["global_step"] >= 120 and not resumed["interrupted"]
     assert resumed["updates"] > summary["updates"]
 
-def test_a_sigterm_to_the_command_line_is_an_interruption(script, folder, monkeypatch):
-    agent_class = interrupted_by(script, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    monkeypatch.setattr(script.module, "parse_args", lambda *args, **kwargs: script.args_of())
-    assert call(script, monkeypatch, agent_class=agent_class) == 0
-    assert json.loads((run_of(folder) / "summary.json").read_text())["interrupted"]
+@pytest.mark.parametrize("script,name", [
+    ("dreamer", "SIGINT"), ("dreamer", "SIGTERM"), ("dreamer", "SIGHUP"), ("dreamer", "SIGQUIT"),
+    ("dreamer_marl", "SIGTERM")], indirect=["script"])
+def test_a_signal_ends_the_run_after_its_step_and_resuming_pays_the_updates_that_are_owed(
+        script, folder, monkeypatch, capsys, name):
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    args = script.args_of(train_ratio=6)  # one or two updates a step
+    whole = script.module.main(dataclasses.replace(args, save_model=False))
+    agent_class = interrupted_by(script, lambda: send(number), at=6)
+    args.run_dir = "mine"
+    monkeypatch.setattr(script.module, "parse_args", lambda **kwargs: args)
+    assert call(script, monkeypatch, agent_class=agent_class) == 128 + number
+    assert signal.getsignal(number) == before
+    summary = summary_of(folder / "mine")
+    assert summary["interrupted"] and summary["signal"] == number and summary["updates"] == 6
+    assert "go on with --resume mine" in capsys.readouterr().out
+    resumed = script.module.main(dataclasses.replace(args, run_dir="", resume="mine"))
+    assert resumed["updates"] == whole["updates"]
+
+def test_a_second_signal_ends_the_run_at_once_but_never_its_saving(folder, monkeypatch):
+    once, twice = (D.main(args_of(exp_name=str(times)), interrupted_by(
+        Solo, lambda times=times: send(signal.SIGTERM, times))) for times in (1, 2))
+    assert once["global_step"] - twice["global_step"] == 2  # a step of both environments
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda *args: send(signal.SIGTERM, 2) or save(*args))
+    D.main(args_of(exp_name="other", checkpoint_every=60))
+    run = next((folder / "runs").glob("*__other__*"))
+    assert D.load_file(run)["counters"]["global_step"] == D.load_file(run, "replay.pt")["step"] == 60
+
+def test_a_signal_ends_an_evaluation_at_once_and_the_learned_weights_are_saved(folder):
+    class Asked(D.Dreamer):
+        def act(self, *args):
+            if not self.training:
+                send(signal.SIGTERM)
+            return super().act(*args)
+
+    summary = D.main(args_of(eval_every=60, average=0.9), Asked)
+    assert summary["interrupted"] and summary["eval_returns"] == []
+    assert D.load_file(run_of(folder))["counters"]["global_step"] == 60
+
+class Fails(Lengths):
+    """Fails in the way of its argument at the tenth step of its life."""
+    def __init__(self, way, render_mode=None):
+        super().__init__(render_mode)
+        self.way, self.steps = way, 0
+
+    def pay(self):
+        self.steps += 1
+        if self.steps == 10:
+            {"hangs": lambda: time.sleep(60), "dies": lambda: os._exit(1)}[self.way]()
+        return 1.0
+
+register("Fails", Fails)
+
+@pytest.mark.parametrize("way,named", [("hangs", "did not answer for 0.5 s"), ("dies", "died")])
+def test_an_environment_that_hangs_or_dies_in_its_process_ends_a_run_that_is_saved(
+        folder, capfd, way, named):
+    kwargs = json.dumps({"way": way})
+    with pytest.raises(D.InputError, match=rf"environments \[.+\] {named}"):
+        D.main(args_of(env_id="test/Fails-v0", env_kwargs=kwargs, vectorization="async",
+                       env_timeout=0.5))
+    assert ("in pay" in capfd.readouterr().err) == (way == "hangs")  # where it is
+    assert D.load_file(run_of(folder))["counters"]["global_step"] == 20
 
 def test_a_final_evaluation_that_is_interrupted_still_leaves_a_summary(folder, monkeypatch):
     monkeypatch.setattr(D, "evaluate", lambda *args, **kwargs: break_off())
     assert D.main(args_of())["eval_returns"] == []
-    assert json.loads((run_of(folder) / "summary.json").read_text())["updates"] > 5
+    assert summary_of(run_of(folder))["updates"] > 5
 
-def test_weights_that_became_nan_never_replace_a_healthy_checkpoint(folder):
+def test_the_same_command_begins_a_run_and_goes_on_with_it(script, folder):
+    flags = ["--run-dir", "mine", *FLAGS, "--total-timesteps"]
+    for steps in (60, 80):
+        args = script.module.parse_args([*flags, str(steps)], script.args_class)
+        assert script.module.main(args)["global_step"] == steps
+    assert script.module.load_file("mine", "replay.pt")["count"] * args.num_envs == 80
+    assert not (folder / "runs").exists()
+
+def test_a_folder_in_which_another_process_runs_is_refused(folder):
+    refused = []
+
+    def begin_again():
+        D.main(args_of(total_timesteps=60, run_dir=str(run_of(folder))))
+
+    def intrude():
+        with pytest.raises(D.InputError, match="used by another process"):
+            begin_again()
+        refused.append(True)
+
+    D.main(args_of(total_timesteps=60), interrupted_by(Solo, intrude, at=2))
+    assert refused
+    begin_again()  # now that the other has ended
+
+def test_a_resumed_run_prints_what_its_arguments_were(folder, capsys):
+    D.main(args_of(total_timesteps=60))
+    capsys.readouterr()
+    D.main(D.parse_args(["--resume", str(run_of(folder)), "--total-timesteps", "80", "--seed", "2"]))
+    changed = [line for line in capsys.readouterr().out.splitlines() if "it was" in line]
+    assert changed == ["seed = 2  (it was 1)", "total_timesteps = 80  (it was 60)"]
+
+def test_annealing_goes_on_from_where_it_was_even_if_the_run_is_made_longer(folder):
+    seen = []
+
+    class Watched(interrupted_by(Solo, break_off, at=8)):
+        def anneal(self, progress):
+            seen.append(progress)
+            super().anneal(progress)
+
+    D.main(args_of(anneal_lr=True), Watched)
+    at = len(seen) - 1  # steps of 2 environments, of 60; the last one was broken off
+    np.testing.assert_allclose(seen, np.arange(at + 1) / 60)
+    D.main(args_of(anneal_lr=True, total_timesteps=240, resume=str(run_of(folder))), Watched)
+    left = 120 - at
+    expected = at / 60 + (1 - at / 60) * np.arange(left) / left
+    np.testing.assert_allclose(seen[at + 1 :], expected)
+
+def test_a_folder_that_is_deleted_is_made_anew_and_what_comes_is_saved(folder, capsys):
+    D.main(args_of(), interrupted_by(Solo, lambda: shutil.rmtree(run_of(folder)), at=8))
+    assert "was deleted" in capsys.readouterr().out
+    assert {"agent.pt", "replay.pt", "summary.json"} <= {x.name for x in run_of(folder).iterdir()}
+
+@pytest.mark.parametrize("at", [20, 45])  # 45 is the last
+def test_weights_that_became_nan_never_replace_a_healthy_checkpoint(folder, at):
     calls = itertools.count(1)
 
     class Poisoned(D.Dreamer):
         def update(self, batch):
-            if next(calls) == 20:
+            if next(calls) == at:
                 batch["reward"] *= float("nan")
             return super().update(batch)
 
     with pytest.raises(D.InputError, match="loss.*nan"):
         D.main(args_of(train_ratio=16, checkpoint_every=2, log_every=60), Poisoned)
     saved = D.load_file(run_of(folder))
-    assert 10 < saved["counters"]["updates"] < 20 < next(calls)
+    assert at - 10 < saved["counters"]["updates"] < at < next(calls)
     tensors = [x for x in saved["agent"].values() if isinstance(x, torch.Tensor)]
     assert all(x.isfinite().all() for x in tensors)
 
@@ -2138,6 +2284,12 @@ def test_a_file_that_cannot_be_read_is_an_input_error(folder):
     (folder / "damaged" / "agent.pt").write_bytes(b"nothing")
     with pytest.raises(D.InputError, match="damaged"):
         D.parse_args(["--resume", "damaged"])
+    torch.save({"weights": torch.zeros(10_000)}, folder / "damaged" / "agent.pt")
+    content = bytearray((folder / "damaged" / "agent.pt").read_bytes())
+    content[len(content) // 2] ^= 1  # one bit, in the middle of the weights
+    (folder / "damaged" / "agent.pt").write_bytes(content)
+    with pytest.raises(D.InputError, match="damaged"):
+        D.load_file("damaged")
     torch.save({"args": {"no_such_flag": 1}}, folder / "damaged" / "agent.pt")
     with pytest.raises(D.InputError, match="another script.*no_such_flag"):
         D.parse_args(["--evaluate", "damaged"])
@@ -2157,9 +2309,6 @@ def command(*parts):
     done = subprocess.run([sys.executable, *parts], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-def summary_of(run):
-    return json.loads((run / "summary.json").read_text())
 
 def test_each_script_trains_by_itself_in_an_empty_folder(script, folder):
     path = folder / "alone.py"
