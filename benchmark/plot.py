@@ -16,57 +16,71 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("curves", nargs="+", metavar="LABEL=CSV,CSV… or LABEL=NUMBER")
-parser.add_argument("--out", required=True, help="the picture to write")
-parser.add_argument("--tag", default="charts/episodic_return", help="which scalar")
-parser.add_argument("--bins", type=int, default=0, help="stretches to average over; 0: every value as it is")
-parser.add_argument("--steps", type=int, default=0, help="length of the runs, where stretches must be the same")
-parser.add_argument("--repeat", type=int, default=1, help="frames of a step of ours, where frames are to be compared")
-parser.add_argument("--title", default="", help="what it shows")
-args = parser.parse_args()
+Curve = list[tuple[int, float]]  # (step, value) of one seed
 
 
-def load(source: str) -> list[list[tuple[int, float]]]:
-    """(step, value) of every seed in a file: one in ours, several in an official one."""
+def load(source: str, tag: str, steps: int, repeat: int) -> list[Curve]:
+    """The curve of every seed in a file: one in ours, several in an official one."""
     path, _, task = source.partition(":")
     with open(path) as file:
         rows = list(csv.DictReader(file))
     if not task:
-        return [[(int(r["step"]) * args.repeat, float(r["value"])) for r in rows if r["tag"] == args.tag]]
-    rows = [r for r in rows if r["task"] == task and float(r["frame"]) <= (args.steps or float("inf"))]
+        return [[(int(r["step"]) * repeat, float(r["value"])) for r in rows if r["tag"] == tag]]
+    rows = [r for r in rows if r["task"] == task and float(r["frame"]) <= (steps or float("inf"))]
     return [[(int(r["frame"]), float(r["return"])) for r in rows if r["seed"] == seed]
             for seed in sorted({r["seed"] for r in rows})]
 
 
-def average(rows: list[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
-    steps, values = map(np.array, zip(*rows))
-    if not args.bins:
+def average(curve: Curve, bins: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of a curve; with bins, their means over stretches of the run (bins,), NaN where nothing is."""
+    steps, values = map(np.array, zip(*curve))
+    if not bins:
         return steps, values
-    edges = np.linspace(0, args.steps or steps.max(), args.bins + 1)
-    place = np.clip(np.searchsorted(edges, steps), 1, args.bins) - 1
-    return tuple(np.array([x[place == i].mean() if (place == i).any() else np.nan for i in range(args.bins)])
+    edges = np.linspace(0, length or steps.max(), bins + 1)
+    place = np.clip(np.searchsorted(edges, steps), 1, bins) - 1
+    return tuple(np.array([x[place == i].mean() if (place == i).any() else np.nan for i in range(bins)])
                  for x in (steps, values))
 
 
-figure, axes = plt.subplots(figsize=(7, 3.5))
-for curve in args.curves:
-    label, _, source = curve.rpartition("=")
-    if ".csv" not in source:
-        axes.axhline(float(source), color="gray", linestyle="--", linewidth=1)
-        axes.annotate(label, (1, float(source)), xycoords=("axes fraction", "data"), ha="right", va="bottom",
-                      color="gray")
-        continue
-    seeds = [average(rows) for part in source.split(",") for rows in load(part)]
+def draw(axes: plt.Axes, label: str, curves: list[Curve], bins: int, length: int, color: str | None = None) -> None:
+    """The line and the shade of some seeds' curves."""
+    seeds = [average(curve, bins, length) for curve in curves]
     shared = min(len(steps) for steps, _ in seeds)
     steps, values = (np.array([x[:shared] for x in part]) for part in zip(*seeds))
     met = ~np.isnan(values).all(0)  # stretches in which some seed has a value
     x, values = np.nanmean(steps[:, met], 0), values[:, met]
-    line, = axes.plot(x, np.nanmean(values, 0), marker="." if len(x) < 10 else "", label=label)
+    line, = axes.plot(x, np.nanmean(values, 0), marker="." if len(x) < 10 else "", label=label, color=color)
     if len(seeds) > 1:
         axes.fill_between(x, np.nanmin(values, 0), np.nanmax(values, 0), color=line.get_color(), alpha=0.2, linewidth=0)
-axes.set(xlabel="frames" if args.repeat > 1 else "environment steps", ylabel=args.tag, title=args.title)
-axes.legend(frameon=False)
-axes.spines[["top", "right"]].set_visible(False)
-figure.tight_layout()
-figure.savefig(args.out, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("curves", nargs="+", metavar="LABEL=CSV,CSV… or LABEL=NUMBER")
+    parser.add_argument("--out", required=True, help="the picture to write")
+    parser.add_argument("--tag", default="charts/episodic_return", help="which scalar")
+    parser.add_argument("--bins", type=int, default=0, help="stretches to average over; 0: every value as it is")
+    parser.add_argument("--steps", type=int, default=0, help="length of the runs, where stretches must be the same")
+    parser.add_argument("--repeat", type=int, default=1, help="frames of a step of ours, where frames are to be compared")
+    parser.add_argument("--title", default="", help="what it shows")
+    args = parser.parse_args()
+
+    figure, axes = plt.subplots(figsize=(7, 3.5))
+    for curve in args.curves:
+        label, _, source = curve.rpartition("=")
+        if ".csv" not in source:
+            axes.axhline(float(source), color="gray", linestyle="--", linewidth=1)
+            axes.annotate(label, (1, float(source)), xycoords=("axes fraction", "data"), ha="right", va="bottom",
+                          color="gray")
+            continue
+        loaded = [load(part, args.tag, args.steps, args.repeat) for part in source.split(",")]
+        draw(axes, label, sum(loaded, []), args.bins, args.steps)
+    axes.set(xlabel="frames" if args.repeat > 1 else "environment steps", ylabel=args.tag, title=args.title)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(args.out, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

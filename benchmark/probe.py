@@ -65,17 +65,18 @@ def open_loop(agent: M.SocialDreamer, played: dict[str, torch.Tensor]) -> list[t
     return out
 
 
-torch.set_num_threads(1)
-for run in sys.argv[1:]:
-    args = M.parse_args(["--evaluate", run, "--no-cuda", "--no-compile"], M.SocialArgs)
-    observations, actions, seats, _ = M.seat_spaces(args)
-    agent = M.SocialDreamer(observations, actions, args, seats)
-    M.restore(agent, run)
-    played, env = play(agent), agent.wm.size.latents - args.team_latents
-    late = {k: x[5:] for k, x in played.items()}
-    parts = {"z_env": late["stoch"][..., :env, :].flatten(2), "z_team": late["stoch"][..., env:, :].flatten(2),
-             "h": late["deter"]}
-    result = dict(run=Path(run).name, arm=args.teammate_model, env_kwargs=args.env_kwargs, seed=args.seed,
-                  probe={k: probe(x, late["type"]) for k, x in parts.items()},
-                  open_loop=open_loop(agent, played))
-    print(json.dumps(result), flush=True)
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for run in sys.argv[1:]:
+        args = M.parse_args(["--evaluate", run, "--no-cuda", "--no-compile"], M.SocialArgs)
+        observations, actions, seats, _ = M.seat_spaces(args)
+        agent = M.SocialDreamer(observations, actions, args, seats)
+        M.restore(agent, run)
+        played, env = play(agent), agent.wm.size.latents - args.team_latents
+        late = {k: x[5:] for k, x in played.items()}
+        parts = {"z_env": late["stoch"][..., :env, :].flatten(2), "z_team": late["stoch"][..., env:, :].flatten(2),
+                 "h": late["deter"]}
+        result = dict(run=Path(run).name, arm=args.teammate_model, env_kwargs=args.env_kwargs, seed=args.seed,
+                      probe={k: probe(x, late["type"]) for k, x in parts.items()},
+                      open_loop=open_loop(agent, played))
+        print(json.dumps(result), flush=True)
