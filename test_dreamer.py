@@ -387,6 +387,9 @@ def test_a_ring_of_another_capacity_is_unrolled_and_keeps_the_newest_steps(capac
     assert (windows.diff(dim=1) == 1).all()  # in the order of time, none crosses the seam
     kept = min(newest + 7, capacity // 3)
     assert windows.min() == 40 - kept and windows.max() == 39
+    longer = integers(length=11)  # for which the newest windows of the queue have no end yet
+    longer.load_state_dict(saved)
+    assert (longer.sample(16)["t"].diff(dim=1) == 1).all()
     with pytest.raises(D.InputError, match="layout"):
         integers(envs=2).load_state_dict(saved)
 
