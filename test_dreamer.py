@@ -2147,8 +2147,11 @@ def test_a_second_signal_ends_the_run_at_once_but_never_its_saving(folder, monke
 
 def test_a_signal_ends_an_evaluation_at_once_and_the_learned_weights_are_saved(folder):
     class Asked(D.Dreamer):
+        asked = False
+
         def act(self, *args):
-            if not self.training:
+            if not self.training and not self.asked:
+                self.asked = True
                 send(signal.SIGTERM)
             return super().act(*args)
 
@@ -2165,12 +2168,14 @@ class Fails(Lengths):
     def pay(self):
         self.steps += 1
         if self.steps == 10:
-            {"hangs": lambda: time.sleep(60), "dies": lambda: os._exit(1)}[self.way]()
+            {"hangs": lambda: time.sleep(60), "dies": lambda: os._exit(1),
+             "is stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP)}[self.way]()
         return 1.0
 
 register("Fails", Fails)
 
-@pytest.mark.parametrize("way,named", [("hangs", "did not answer for 0.5 s"), ("dies", "died")])
+@pytest.mark.parametrize("way,named", [
+    ("hangs", "did not answer for 0.5 s"), ("is stopped", "did not answer"), ("dies", "died")])
 def test_an_environment_that_hangs_or_dies_in_its_process_ends_a_run_that_is_saved(
         folder, capfd, way, named):
     kwargs = json.dumps({"way": way})
@@ -2247,7 +2252,7 @@ def test_weights_that_became_nan_never_replace_a_healthy_checkpoint(folder, at):
             return super().update(batch)
 
     with pytest.raises(D.InputError, match="loss.*nan"):
-        D.main(args_of(train_ratio=16, checkpoint_every=2, log_every=60), Poisoned)
+        D.main(args_of(train_ratio=16, checkpoint_every=2, log_every=1000), Poisoned)
     saved = D.load_file(run_of(folder))
     assert at - 10 < saved["counters"]["updates"] < at < next(calls)
     tensors = [x for x in saved["agent"].values() if isinstance(x, torch.Tensor)]
