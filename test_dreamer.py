@@ -8,11 +8,14 @@ integers, an environment whose optimum is known. Tests of what both scripts have
 `cuda` run where there is a GPU.
 """
 import ast
+import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import inspect
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -181,6 +184,39 @@ def register(name, env):
     return env
 
 register("Lengths", Lengths)
+
+RESULTS = {}  # of tests that run beside the others, by their ids
+
+def beside(test):
+    """Marks a test that takes long. It runs in a second process as soon as testing begins; in its
+    own turn it is only waited for."""
+    @functools.wraps(test)
+    def wait(**_):
+        RESULTS[os.environ["PYTEST_CURRENT_TEST"].split(" (")[0]].result()
+
+    wait.beside = True
+    return wait
+
+def run_beside(name, folder, values):
+    os.chdir(folder)
+    test = globals()[name].__wrapped__
+    given = dict(folder=folder, tmp_path=folder) | values
+    if "script" in values:
+        given["script"] = SCRIPTS[values["script"]]
+    test(**{name: given[name] for name in inspect.signature(test).parameters})
+
+@pytest.fixture(scope="session", autouse=True)
+def second_process(request, tmp_path_factory):
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        for item in request.session.items:
+            skipped = any(mark.args[0] for mark in item.iter_markers("skipif"))
+            if hasattr(item.function, "beside") and not skipped:
+                values = item.callspec.params if hasattr(item, "callspec") else {}
+                work = run_beside, item.originalname, tmp_path_factory.mktemp("beside"), values
+                RESULTS[item.nodeid] = pool.submit(*work)
+        yield
+        pool.shutdown(cancel_futures=True)
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
@@ -1285,6 +1321,7 @@ def train_on_a_share(rank, ranks, folder):
         agent.learn(data, {"posterior": posterior, "prior": prior, "action": action})
     torch.save({**weights(agent), "range": agent.retnorm.range}, f"{folder}/{ranks}.{rank}.pt")
 
+@beside
 def test_two_processes_learn_what_one_learns_from_both_their_batches_and_stay_identical(tmp_path):
     torch.multiprocessing.spawn(train_on_a_share, (2, str(tmp_path)), nprocs=2)
     train_on_a_share(0, 1, str(tmp_path))
@@ -1346,6 +1383,7 @@ PROBES = {  # the optimum is a return of 1, chance 0.5, or 0.1 where the action 
 
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=slow), pytest.param(3, marks=slow)])
 @pytest.mark.parametrize("name", PROBES)
+@beside
 def test_the_optimum_is_learned_within_600_updates_when(name, seed):
     make = PROBES[name]
     agent = make_agent(make().observation_space, make().action_space, seed=seed, warmup=10,
@@ -2318,6 +2356,7 @@ def command(*parts):
     assert done.returncode == 0, done.stderr
     return done.stdout
 
+@beside
 def test_each_script_trains_by_itself_in_an_empty_folder(script, folder):
     path = folder / "alone.py"
     path.write_text(Path(script.module.__file__).read_text())
@@ -2329,6 +2368,7 @@ def test_each_script_trains_by_itself_in_an_empty_folder(script, folder):
 
 @pytest.mark.parametrize("script", ["dreamer", pytest.param("dreamer_marl", marks=slow)],
                          indirect=True)
+@beside
 def test_torchrun_spreads_a_run_over_processes_and_only_as_many_resume_it(script, folder):
     start = ["-m", "torch.distributed.run", "--nproc-per-node", "2", script.module.__file__, *FLAGS]
     for steps in (120, 160):
