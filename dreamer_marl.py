@@ -1883,10 +1883,10 @@ class Run:
             wandb.init(name=self.dir.name, config=vars(args), sync_tensorboard=True, save_code=True)
         try:
             self.dir.mkdir(parents=True, exist_ok=bool(args.resume or args.run_dir))
-        except FileExistsError:
-            raise InputError(f"{self.dir} is another run's, begun in the same second: start again, "
-                             "or give this one an --exp-name") from None
         except OSError as error:
+            if self.dir.is_dir():
+                raise InputError(f"{self.dir} is another run's, begun in the same second: start "
+                                 "again, or give this one an --exp-name") from None
             raise InputError(f"{self.dir} cannot be made ({error.strerror}): start where you may "
                              "write") from None
         self.lock_folder()
@@ -2104,11 +2104,11 @@ class Run:
         self.bar.close()
         if self.args.save_model:
             self.save()
-        self.saving = True
-        self.envs.close(terminate=interrupted)
         with contextlib.suppress(KeyboardInterrupt):  # the summary is written anyway
-            if not interrupted:
+            self.envs.close(terminate=interrupted)
+            if not interrupted and self.signal is None:
                 self.evaluate()
+        self.saving = True
         gpu = self.agent.device.type == "cuda"
         self.summary = progress | self.eval_results() | {
             "interrupted": interrupted, "signal": self.signal,
