@@ -2147,6 +2147,7 @@ GENTLE = dict(  # smaller steps, for longer runs
 # What a family of games sets where no flag is given: all ours, for the paper has no experiments.
 PRESETS: dict[str, dict[str, Any]] = {
     "hidden_match": MINUTES,
+    "games.badge": MINUTES,
     "games.prisoners_dilemma": MINUTES | dict(imagination_horizon=10, gamma=0.98),
     "mpe2.": THOUSANDS | dict(
         train_ratio=20, total_timesteps=100_000, batch_length=25, imagination_horizon=10,

@@ -23,6 +23,7 @@ Beyond a ParallelEnv an environment may offer the following. A user has to ask f
     bayes(agent, scripts) probabilities (A,) of the next action of `agent` to an ideal observer of
                           all actions so far, who knows that `agent` plays one of `scripts`, each
                           equally likely at first; None where no script explains what it did
+    bayes_return(scripts) what an ideal observer earns in an episode, on average over these scripts
     reset(options={"steps": n})
                           where a part of the reward fades, n tells how many steps this environment
                           has made in earlier runs; `math.inf` leaves that part out
