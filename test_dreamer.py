@@ -2070,15 +2070,15 @@ def test_a_signal_ends_the_run_after_its_step_and_resuming_pays_the_updates_that
         script, folder, monkeypatch, capsys, name):
     number = getattr(signal, name)
     before = signal.getsignal(number)
-    args = script.args_of(train_ratio=6, total_timesteps=80)  # one or two updates a step
+    args = script.args_of(train_ratio=6, total_timesteps=78)  # 3 updates in 8 steps of both
     whole = script.module.main(dataclasses.replace(args, save_model=False))
-    agent_class = interrupted_by(script, lambda: send(number), at=6)
+    agent_class = interrupted_by(script, lambda: send(number), at=7)
     args.run_dir = "mine"
     monkeypatch.setattr(script.module, "parse_args", lambda **kwargs: args)
     assert call(script, monkeypatch, agent_class=agent_class) == 128 + number
     assert signal.getsignal(number) == before
     summary = summary_of(folder / "mine")
-    assert summary["interrupted"] and summary["signal"] == number and summary["updates"] == 6
+    assert summary["interrupted"] and summary["signal"] == number and summary["updates"] == 7
     assert "go on with --resume mine" in capsys.readouterr().out
     resumed = script.module.main(dataclasses.replace(args, run_dir="", resume="mine"))
     assert resumed["updates"] == whole["updates"]
