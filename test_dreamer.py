@@ -3065,7 +3065,8 @@ def test_returns_are_those_of_learner_and_team_and_lengths_those_of_episodes(fol
     log = scalars(run_of(folder))
     assert set(log["charts/team_return"]) == {sum(each)}
     assert set(log["charts/episodic_length"]) == {6}
-    pool = M.main(team_args(partners="pool", total_timesteps=50, pool_every=20))
+    pool = M.main(team_args(partners="pool", exp_name="pool", total_timesteps=50,
+                            pool_every=20))
     assert set(pool["eval_returns"]) | set(pool["train_returns"]) <= {float(x) for x in each}
 
 class Steered(Toy):
