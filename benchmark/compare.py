@@ -145,7 +145,8 @@ def print_table(runs: dict[Name, list[Row]], args: argparse.Namespace) -> None:
             late = [[x for tag, step, x in rows if tag == RETURN and 0 <= args.steps - step < args.last]
                     for rows in own.values()]
             means = ", ".join(f"{sum(x) / len(x):.0f}" if x else "–" for x in late)
-            ends = ", ".join(f"{[x for tag, _, x in rows if tag == EVALUATION][-1]:.0f}" for rows in own.values())
+            last = [[x for tag, _, x in rows if tag == EVALUATION][-1:] for rows in own.values()]
+            ends = ", ".join(f"{x[0]:.0f}" if x else "–" for x in last)
             if own:
                 print(f"| {task} | {label} | {', '.join(own)} | {means} | {ends} |")
 
