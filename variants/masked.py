@@ -16,8 +16,8 @@ over the choices that the model expects to have; the world model learns as befor
 Deviation from dreamer.py: acting asks the actor twice, first under the predicted mask, whose choice
 is thrown away, then under the true one.
 
-Measured: that no forbidden choice is taken, and that it runs, saves, resumes and is evaluated
-(test_masked.py). No learning result yet.
+Measured, after 100,000 steps of Tetris by placements, one seed, 100 episodes: 32.6 ± 0.2 pieces and
+0.25 ± 0.05 lines an episode; random allowed choices 18.3 ± 0.3 and none (benchmark/README.md).
 """
 import dataclasses
 import sys
