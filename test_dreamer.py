@@ -2091,7 +2091,8 @@ def test_a_second_signal_ends_the_run_at_once_but_never_its_saving(folder, monke
     monkeypatch.setattr(torch, "save", lambda *args: send(signal.SIGTERM, 2) or save(*args))
     D.main(args_of(exp_name="other", checkpoint_every=60))
     run = next((folder / "runs").glob("*__other__*"))
-    assert D.load_file(run)["counters"]["global_step"] == D.load_file(run, "replay.pt")["step"] == 60
+    assert D.load_file(run)["counters"]["global_step"] == 60
+    assert D.load_file(run, "replay.pt")["step"] == 60
 
 def test_a_signal_ends_an_evaluation_at_once_and_the_learned_weights_are_saved(folder):
     class Asked(D.Dreamer):
@@ -2164,7 +2165,8 @@ def test_a_folder_in_which_another_process_runs_is_refused(folder):
 def test_a_resumed_run_prints_what_its_arguments_were(folder, capsys):
     D.main(args_of(total_timesteps=60))
     capsys.readouterr()
-    D.main(D.parse_args(["--resume", str(run_of(folder)), "--total-timesteps", "80", "--seed", "2"]))
+    flags = ["--resume", str(run_of(folder)), "--total-timesteps", "80", "--seed", "2"]
+    D.main(D.parse_args(flags))
     changed = [line for line in capsys.readouterr().out.splitlines() if "it was" in line]
     assert changed == ["seed = 2  (it was 1)", "total_timesteps = 80  (it was 60)"]
 
