@@ -1980,20 +1980,20 @@ class Run:
         args = self.args
         self.metrics = metrics
         self.bar.update(self.envs.num_envs * self.ranks)
+        if self.writer and not self.dir.is_dir():
+            self.dir.mkdir(parents=True)
+            self.bar.write(f"warning: {self.dir} was deleted; what comes now is saved in a new one")
         for i in np.flatnonzero(info.get("_episode", ())):
             self.episodes.append(float(info["episode"]["r"][i]))
             if self.rank == 0:
                 self.bar.write(f"global_step={self.step}, episodic_return={self.episodes[-1]:.2f}")
             self.record({"charts/episodic_return": self.episodes[-1],
                          "charts/episodic_length": info["episode"]["l"][i]})
-        if self.writer and not self.dir.is_dir():
-            self.dir.mkdir(parents=True)
-            self.bar.write(f"warning: {self.dir} was deleted; what comes now is saved in a new one")
         if metrics and (self.crossed(args.log_every) or self.finished):
             self.log_metrics()
         if metrics and self.writer and self.crossed(args.video_every):
-            with preserve_randomness(self.agent.act_rng, self.buffer.generator), \
-                    self.agent.uncompiled():
+            with self.logging(), self.agent.uncompiled(), \
+                    preserve_randomness(self.agent.act_rng, self.buffer.generator):
                 save_pictures(self.draw(), self.writer, self.dir, self.step)
         if self.crossed(args.eval_every) and not self.finished:  # else it is evaluated anyway
             self.evaluate(f"evaluation at {self.step}")
@@ -2038,8 +2038,20 @@ class Run:
                                  "--learning-rate, or --resume from what --checkpoint-every saved")
 
     def record(self, values: dict[str, Any]) -> None:
-        for tag, value in values.items() if self.writer else ():
-            self.writer.add_scalar(tag, float(value), self.step)
+        with self.logging():
+            for tag, value in values.items() if self.writer else ():
+                self.writer.add_scalar(tag, float(value), self.step)
+
+    @contextlib.contextmanager
+    def logging(self):
+        """What cannot be written, as the disk is full or the folder gone, is warned of and lost.
+        The thread of TensorBoard that met it has ended: what comes next goes to a new file."""
+        try:
+            yield
+        except OSError as problem:
+            warnings.warn(f"some of the log of step {self.step:,} is lost: {problem}")
+            with contextlib.suppress(OSError):
+                self.writer = type(self.writer)(str(self.dir))
 
     def draw(self) -> dict[str, np.ndarray]:
         return draw_dreams(self.agent, self.buffer)

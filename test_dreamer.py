@@ -11,6 +11,7 @@ import ast
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import functools
 import inspect
 import itertools
@@ -2186,10 +2187,36 @@ def test_annealing_goes_on_from_where_it_was_even_if_the_run_is_made_longer(fold
     expected = at / 60 + (1 - at / 60) * np.arange(left) / left
     np.testing.assert_allclose(seen[at + 1 :], expected)
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_folder_that_is_deleted_is_made_anew_and_what_comes_is_saved(folder, capsys):
-    D.main(args_of(), interrupted_by(Solo, lambda: shutil.rmtree(run_of(folder)), at=8))
+    def delete():
+        while (folder / "runs").exists():  # the run may write meanwhile
+            shutil.rmtree(folder / "runs", ignore_errors=True)
+
+    D.main(args_of(), interrupted_by(Solo, delete, at=8))
     assert "was deleted" in capsys.readouterr().out
     assert {"agent.pt", "replay.pt", "summary.json"} <= {x.name for x in run_of(folder).iterdir()}
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_log_that_cannot_be_written_is_warned_of_and_begun_anew(folder, monkeypatch):
+    record_writer = pytest.importorskip("tensorboard.summary.writer.record_writer").RecordWriter
+    write, full = record_writer.write, OSError(errno.ENOSPC, "the disk is full")
+    written = []
+
+    def write_or_fail(self, data):
+        if 50 < len(written) < 53:
+            written.append(None)
+            raise full
+        write(self, data)
+        written.append(data)
+
+    monkeypatch.setattr(record_writer, "write", write_or_fail)
+    with pytest.warns(UserWarning, match="log of step .* is lost.*disk is full"):
+        summary = D.main(args_of())
+    assert not summary["interrupted"] and summary["global_step"] == 120
+    assert {"agent.pt", "replay.pt", "summary.json"} <= {x.name for x in run_of(folder).iterdir()}
+    later = max(run_of(folder).glob("events*"), key=lambda x: int(x.name.rsplit(".", 1)[1]))
+    assert b"losses/dyn" in later.read_bytes()
 
 @pytest.mark.parametrize("at", [12, 25])  # 25 is the last
 @beside
