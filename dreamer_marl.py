@@ -55,8 +55,10 @@ import multiprocessing.connection
 import os
 import pkgutil
 import random
+import shutil
 import signal
 import sys
+import sysconfig
 import threading
 import time
 import warnings
@@ -112,7 +114,7 @@ class Args:
     # number format of updates; auto: bfloat16 on CUDA, float32 on CPU
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     threads: int = 0  # CPU threads of PyTorch; 0: half of the cores
-    # fuse operations with torch.compile, which takes a minute; by default where there is a GPU
+    # fuse operations with torch.compile, which takes minutes on a CPU; by default where it pays
     compile: bool = dataclasses.field(default_factory=torch.cuda.is_available)
     cuda_graph: bool = True  # on CUDA, record acting and learning once, and replay them
     # where the replay lies; auto: on the GPU if it takes less than half of its free memory
@@ -1733,6 +1735,7 @@ def parse_args(argv: list[str] | None = None, args_class: type[Args] = Args) -> 
         flags = f"--{name}", f"--{name.replace('_', '-')}"
         first.add_argument(*dict.fromkeys(flags), default=getattr(args_class, name))
     first.add_argument("--pixels", action="store_true")
+    first.add_argument("--compile", action=argparse.BooleanOptionalAction)
     known, _ = first.parse_known_args(argv)
     restarted = bool(known.run_dir) and Path(known.run_dir, "agent.pt").is_file()
     run_dir = known.resume or known.evaluate or (known.run_dir if restarted else "")
@@ -1744,7 +1747,19 @@ def parse_args(argv: list[str] | None = None, args_class: type[Args] = Args) -> 
     default = dataclasses.replace(default, run_dir="", resume="", evaluate="")
     description = sys.modules[args_class.__module__].__doc__.split("\n\n")[0]
     args = tyro.cli(args_class, args=argv, default=default, description=description)
+    if known.compile is None and not run_dir:
+        args.compile = worth_compiling(args)
     return dataclasses.replace(args, run_dir="", resume=args.run_dir) if restarted else args
+
+def worth_compiling(args: Args) -> bool:
+    """On a GPU, and on a CPU in long runs: there it pays after some 75,000 to 120,000 steps of the
+    loops over time (benchmark/README.md), if there are a C++ compiler and Python's headers."""
+    if args.cuda and torch.cuda.is_available():
+        return True
+    updates = args.total_timesteps * args.train_ratio / (args.batch_size * args.batch_length)
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    return (updates * (args.batch_length + args.imagination_horizon) > 150_000
+            and shutil.which(os.environ.get("CXX", "g++")) is not None and headers.is_file())
 
 # --------------------------------------------------------------------------------------- the run
 

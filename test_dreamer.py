@@ -23,6 +23,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 import traceback
 import types
@@ -1774,11 +1775,31 @@ def test_every_preset_passes_the_check_and_has_names_of_arguments(script):
 
 def test_the_command_line_takes_the_preset_of_the_environment_and_flags_on_top():
     assert D.parse_args([]) == D.Args.preset("CartPole-v1")
-    flags = ["--env-id", "ALE/Pong-v5", "--size", "12m"]
-    assert D.parse_args(flags) == D.Args.preset("ALE/Pong-v5", size="12m")
+    flags = ["--env-id", "ALE/Pong-v5", "--size", "12m", "--compile"]
+    assert D.parse_args(flags) == D.Args.preset("ALE/Pong-v5", size="12m", compile=True)
     assert D.parse_args(["--total-timesteps", "1e6"]).total_timesteps == 10**6
-    walker = D.parse_args(["--env-id", "dm_control/walker-walk-v0", "--pixels", "--no-cuda"])
-    assert walker == D.Args.preset("dm_control/walker-walk-v0", True, cuda=False)
+    flags = ["--env-id", "dm_control/walker-walk-v0", "--pixels", "--no-cuda", "--no-compile"]
+    walker = D.Args.preset("dm_control/walker-walk-v0", True, cuda=False, compile=False)
+    assert D.parse_args(flags) == walker
+
+def test_long_runs_are_compiled_on_a_cpu_that_can_unless_a_flag_says_otherwise(
+        script, tmp_path, monkeypatch):
+    def compiled(*flags):
+        flags = ["--batch-size", "16", "--batch-length", "64", "--train-ratio", "64", *flags]
+        return script.module.parse_args(flags, script.args_class).compile
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: tmp_path)
+    monkeypatch.setenv("CXX", sys.executable)
+    short, long = ("--total-timesteps", "20000"), ("--total-timesteps", "50000")
+    assert not compiled(*long)  # there are no headers
+    (tmp_path / "Python.h").touch()
+    assert compiled(*long) and not compiled(*short)
+    assert compiled(*short, "--compile") and not compiled(*long, "--no-compile")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert not compiled(*long)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert compiled(*short) and not compiled(*short, "--no-cuda")
 
 def call(script, monkeypatch, *flags, agent_class=None):
     """Runs the command line of a script in this process; returns its exit status."""
@@ -3162,8 +3183,8 @@ def parse_team(flags):
 
 def test_the_command_line_takes_the_preset_of_the_game_and_flags_on_top():
     assert parse_team([]) == M.SocialArgs.preset("hidden_match")
-    mpe = parse_team(["--env-id", "mpe2.simple_spread_v3", "--num-envs", "3"])
-    assert mpe == M.SocialArgs.preset("mpe2.simple_spread_v3", num_envs=3)
+    mpe = parse_team(["--env-id", "mpe2.simple_spread_v3", "--num-envs", "3", "--compile"])
+    assert mpe == M.SocialArgs.preset("mpe2.simple_spread_v3", num_envs=3, compile=True)
     assert mpe.partners == "self" and mpe.gamma == 0.95
     assert parse_team(["--scripted", "0", "1"]).scripted == ("0", "1")
 
