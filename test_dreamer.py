@@ -2184,9 +2184,10 @@ def test_a_folder_in_which_another_process_runs_is_refused(folder):
     assert refused
     begin_again()  # now that the other has ended
 
-def test_a_resumed_run_prints_what_its_arguments_were(folder, capsys):
+def test_a_resumed_run_prints_what_its_arguments_were(folder, capsys, monkeypatch):
     D.main(args_of(total_timesteps=60))
     capsys.readouterr()
+    monkeypatch.setattr(D, "worth_compiling", None)  # a resumed run keeps its --compile
     flags = ["--resume", str(run_of(folder)), "--total-timesteps", "80", "--seed", "2"]
     D.main(D.parse_args(flags))
     changed = [line for line in capsys.readouterr().out.splitlines() if "it was" in line]
