@@ -55,10 +55,18 @@ def probes(agent: M.SocialDreamer, played: dict[str, torch.Tensor]) -> dict[str,
              "z_team": played["stoch"][..., env:, :].flatten(2), "h": played["deter"]}
     found = {f"badge_in_{part}": probe(x, played["obs/badge"][..., 0]) for part, x in parts.items()}
     if "obs/crowd" in played:
-        signs = (played["obs/crowd"] > 0).long().unbind(-1)
-        found |= {f"crowd_in_{part}": float(np.mean([probe(x, sign) for sign in signs]))
-                  for part, x in parts.items()}
+        signs = torch.sign(played["obs/crowd"]).double()
+        found |= {f"crowd_in_{part}": read_signs(x, signs) for part, x in parts.items()}
     return found
+
+
+def read_signs(x: torch.Tensor, signs: torch.Tensor, ridge: float = 10.0) -> float:
+    """How often signs (T, E, crowd) are read from features (T, E, n), as `probe` does it, but all with one solution."""
+    x = torch.cat([x, torch.ones_like(x[..., :1])], -1).double()
+    half = x.shape[1] // 2
+    a = x[:, :half].flatten(0, 1)
+    weights = torch.linalg.solve(a.T @ a + ridge * torch.eye(a.shape[1]), a.T @ signs[:, :half].flatten(0, 1))
+    return float(((x[:, half:] @ weights) * signs[:, half:] > 0).double().mean())
 
 
 @torch.no_grad()

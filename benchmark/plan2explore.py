@@ -1,4 +1,4 @@
-"""One line for each finished run on MountainCar-v0, from its replay.pt and summary.json:
+"""One line for each finished run of ScaledMountainCar-v0 (mountain_car.py), from its replay.pt and summary.json:
 
     python benchmark/plan2explore.py runs/* > benchmark/plan2explore.csv
 
@@ -14,8 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-LOW = np.array([-1.2, -0.07])  # of the environment's position and velocity
-HIGH = np.array([0.6, 0.07])
 MARKS = 1000, 2500, 5000, 10_000, 16_000
 
 
@@ -40,7 +38,7 @@ for folder in sys.argv[1:]:
     data = torch.load(Path(folder) / "replay.pt", weights_only=True)["data"]
     seen = torch.stack(data["obs/obs"], 1).numpy()  # (steps of each, environments, 2)
     width = seen.shape[1]
-    cell = np.clip((seen - LOW) / (HIGH - LOW) * 20, 0, 19).astype(int) @ [20, 1]
+    cell = np.clip((seen + 1) * 10, 0, 19).astype(int) @ [20, 1]
     goal = torch.stack(data["is_terminal"], 1).numpy()
     counts = [len(np.unique(cell[: n // width])) for n in MARKS] + [len(np.unique(cell))]
     first = width * np.flatnonzero(goal.any(1))[0] if goal.any() else ""
