@@ -12,7 +12,9 @@ return normaliser of its own. After --explore-steps the task alone counts.
 Deviations from the paper: one actor explores, then learns the task; the paper has two. It learns by
 REINFORCE. Returns are divided by their range. The ensemble's critic learns in dreams only.
 
-Measured: that it runs, saves, resumes and is evaluated (test_plan2explore.py). No result yet.
+Measured: MountainCar-v0 with scaled observations, three seeds. The goal is first reached after 2,200
+to 3,200 steps and then 31 times and more; by the plain agent and with noise after 13,300 at the
+earliest, or never in 14,000. The task itself was hardly learned in them (benchmark/README.md).
 """
 import dataclasses
 import sys
