@@ -32,7 +32,7 @@ class Options:
     rec: tuple[float, ...] = (1.0, 0.3, 0.1, 0.03)  # values of rec_scale
     tom: tuple[float, ...] = (1.0, 10.0)  # values of tom_scale
     first: int = 1200  # updates of the first phase
-    then: int = 800   # further updates in each cell
+    then: int = 800  # further updates in each cell
     steps: int = 20_000  # of random play
 
 
@@ -71,7 +71,7 @@ def collect(agent: ModelAlone, steps: int) -> M.ReplayBuffer:
     while len(buffer) < buffer.num_envs * buffer.rows:
         joint, rows = table.act(obs, first)
         buffer.add(rows)
-        obs, _, terminated, truncated, _ = envs.step(joint)
+        obs, *_ = envs.step(joint)
         first = rows["is_last"]
     envs.close()
     return buffer
@@ -99,6 +99,7 @@ def measure(agent: ModelAlone, phase: str, updates: int) -> dict[str, str]:
 
 
 def rows(options: Options) -> Iterator[dict[str, str]]:
+    """The lines of the table, one after the other."""
     both = options.first + options.then
     for crowd in (96, 0):
         agent = make(options, crowd)
