@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dreamer_marl as M  # noqa: E402
-from probe import probe  # noqa: E402
+from probe import probe, regress  # noqa: E402
 
 PLAYED, EPISODES = 200, 600  # for the return, for probes and swaps
 
@@ -55,18 +55,10 @@ def probes(agent: M.SocialDreamer, played: dict[str, torch.Tensor]) -> dict[str,
              "z_team": played["stoch"][..., env:, :].flatten(2), "h": played["deter"]}
     found = {f"badge_in_{part}": probe(x, played["obs/badge"][..., 0]) for part, x in parts.items()}
     if "obs/crowd" in played:
-        signs = torch.sign(played["obs/crowd"]).double()
-        found |= {f"crowd_in_{part}": read_signs(x, signs) for part, x in parts.items()}
+        signs = torch.sign(played["obs/crowd"])
+        right = {part: regress(x, signs) * signs[:, signs.shape[1] // 2 :] > 0 for part, x in parts.items()}
+        found |= {f"crowd_in_{part}": float(x.double().mean()) for part, x in right.items()}
     return found
-
-
-def read_signs(x: torch.Tensor, signs: torch.Tensor, ridge: float = 10.0) -> float:
-    """How often signs (T, E, crowd) are read from features (T, E, n), as `probe` does it, but all with one solution."""
-    x = torch.cat([x, torch.ones_like(x[..., :1])], -1).double()
-    half = x.shape[1] // 2
-    a = x[:, :half].flatten(0, 1)
-    weights = torch.linalg.solve(a.T @ a + ridge * torch.eye(a.shape[1]), a.T @ signs[:, :half].flatten(0, 1))
-    return float(((x[:, half:] @ weights) * signs[:, half:] > 0).double().mean())
 
 
 @torch.no_grad()

@@ -1,11 +1,11 @@
 """Badge in a crowd, the world model alone: which weights of the two losses make a model forget the badge.
 
-    python benchmark/badge_model.py --seed 1 --arm merged > benchmark/marl/badge_model_merged_s1.csv
+    python benchmark/badge_model.py --seed 1 --arm merged > merged_s1.csv  # benchmark/marl/badge_model.csv has all
 
 What is learned comes from random play, nothing acts on it, and no critic shapes it. At first the reconstruction hardly
 counts (rec_scale 0.001, tom_scale 30), so that the badge is learned; copies of that model then go on with other
 weights, one for each cell. Further rows: "scratch", which has the weights of the first cell from the beginning, and
-"no crowd", which goes through both phases in the game without a crowd. Columns as in badge.py.
+those with a crowd of 0, which go through both phases in the game without one. Columns as in badge.py.
 """
 import copy
 import csv
@@ -130,7 +130,7 @@ if __name__ == "__main__":
     writer = None
     for row in rows(tyro.cli(Options)):
         if writer is None:
-            writer = csv.DictWriter(sys.stdout, list(row), lineterminator="\n", restval="")
+            writer = csv.DictWriter(sys.stdout, list(row), lineterminator="\n")
             writer.writeheader()
         writer.writerow(row)
         sys.stdout.flush()

@@ -39,13 +39,19 @@ def play(agent: M.SocialDreamer) -> dict[str, torch.Tensor]:
     return {k: torch.stack([step[k] for step in steps]) for k in steps[0]}
 
 
-def probe(x: torch.Tensor, types: torch.Tensor, ridge: float = 10.0) -> float:
-    """Accuracy of a linear classifier of (T, E) types from (T, E, n) features, on the second half of the episodes."""
+def regress(x: torch.Tensor, targets: torch.Tensor, ridge: float = 10.0) -> torch.Tensor:
+    """What a ridge regression of targets (T, E, k) on features (T, E, n), fitted on the first half of the episodes,
+    says of the second half (T, E/2, k)."""
     x = torch.cat([x, torch.ones_like(x[..., :1])], -1).double()
-    half, onehot = x.shape[1] // 2, torch.nn.functional.one_hot(types).double()
-    a, b = x[:, :half].flatten(0, 1), onehot[:, :half].flatten(0, 1)
-    weights = torch.linalg.solve(a.T @ a + ridge * torch.eye(a.shape[1]), a.T @ b)
-    return float(((x[:, half:] @ weights).argmax(-1) == types[:, half:]).double().mean())
+    half = x.shape[1] // 2
+    a, b = x[:, :half].flatten(0, 1), targets[:, :half].flatten(0, 1).double()
+    return x[:, half:] @ torch.linalg.solve(a.T @ a + ridge * torch.eye(a.shape[1]), a.T @ b)
+
+
+def probe(x: torch.Tensor, types: torch.Tensor) -> float:
+    """Accuracy of a linear classifier of (T, E) types from (T, E, n) features, on the second half of the episodes."""
+    guess = regress(x, torch.nn.functional.one_hot(types)).argmax(-1)
+    return float((guess == types[:, types.shape[1] // 2 :]).double().mean())
 
 
 @torch.no_grad()
