@@ -30,7 +30,7 @@ a part of the batch, so that the update is not that of one pass.
 
 Measured: without a decoder as good as with one in Pendulum-v1 (three seeds), and less even in
 CartPole-v1 (500, 479, 234; with one 500, 328, 500). Rewards and ends alone shape no state that
-either can be learned from (one seed). Tables in benchmark/README.md.
+either can be learned from (three seeds). Tables in benchmark/README.md.
 """
 import dataclasses
 import sys
