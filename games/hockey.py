@@ -10,6 +10,9 @@ comes towards its goal in its own half and it is far from the puck: at worst abo
 Scripts: "weak" and "strong", the two strengths of the package's BasicOpponent. The protocol is that
 of games/__init__.py. BasicOpponent draws from NumPy's global generator; while it plays, that is the
 generator of `reset(seed)`.
+
+Measured: after 300,000 steps of self-play (one seed) it still loses more games than it wins against
+"weak", 61 to 17 of 100. Table in benchmark/README.md.
 """
 import importlib
 from typing import Any
