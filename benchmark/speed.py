@@ -4,7 +4,8 @@ Prints a table and writes benchmark/speed_<device>.json. The yardstick that hold
 of an update divided by (its floating-point operations ÷ the machine's peak), where the peak is that of a large matrix
 product in the same process, number format and number of threads. Eager, compiled and captured updates and the products
 take turns, so that a busy machine slows all of them; what is printed is the median, and half of the range between the
-quartiles. FLOPs are those of matrix products and convolutions, counted by torch.utils.flop_counter.
+quartiles. The products have the number format of the first mode. FLOPs are those of matrix products and convolutions,
+counted by torch.utils.flop_counter.
 """
 import dataclasses
 import datetime
@@ -37,7 +38,8 @@ OBSERVATIONS = {"vector": gym.spaces.Box(-np.inf, np.inf, (24,), np.float32),
 class Options:
     sizes: tuple[str, ...] = ()  # sizes to time; none: 1m and 12m, and on CUDA 25m, 50m and 200m as well
     observations: tuple[str, ...] = ("vector", "image")  # kinds of observation
-    modes: tuple[str, ...] = ()  # of eager, captured (which compiles as well), compiled; none: those of the device
+    # of eager, captured (which compiles as well) and compiled, and eager-bfloat16 and so on; none: those of the device
+    modes: tuple[str, ...] = ()
     repeats: int = 7  # timed updates of every mode, or 3 and as many as fit into so many
     seconds: float = 30.0
     threads: int = 2  # CPU threads
@@ -108,13 +110,14 @@ def time_updates(options: Options, size: str, kind: str, modes: tuple[str, ...])
     agents, rows, first, mebibytes = {}, [], {}, {}
     torch._dynamo.reset()
     for mode in modes:
+        way, _, precision = mode.partition("-")
         args = D.Args(size=size, batch_size=options.batch_size, batch_length=options.batch_length, cuda=options.cuda,
-                      compile=mode != "eager", cuda_graph=mode == "captured")
+                      compile=way != "eager", cuda_graph=way == "captured", precision=precision or "auto")
         agents[mode] = D.Dreamer(OBSERVATIONS[kind], gym.spaces.Box(-1, 1, (6,)), args)
         batch = random_batch(agents[mode])
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        warm = 3 if mode == "captured" else 1  # the third one captures
+        warm = 3 if way == "captured" else 1  # the third one captures
         first[mode] = sum(timed(lambda: agents[mode].update(dict(batch))) for _ in range(warm))
         mebibytes[mode] = memory(agents[mode].device)  # with the weights of the modes before it
     times, products = {mode: [] for mode in modes}, []
@@ -123,7 +126,7 @@ def time_updates(options: Options, size: str, kind: str, modes: tuple[str, ...])
             break
         for mode, agent in agents.items():
             times[mode].append(timed(lambda: agent.update(dict(batch))))
-        products.append(peak_flops(agent.device, dtype_of(agent)))
+        products.append(peak_flops(agent.device, dtype_of(agents[modes[0]])))
     kernels = {mode: count_kernels(lambda: agent.update(dict(batch)), agent.device.type == "cuda")
                for mode, agent in agents.items()}
     eager = D.Dreamer(OBSERVATIONS[kind], gym.spaces.Box(-1, 1, (6,)), dataclasses.replace(
@@ -180,6 +183,10 @@ def main(options: Options) -> None:
     device = "cuda" if cuda else "cpu"
     sizes = options.sizes or (("1m", "12m", "25m", "50m", "200m") if cuda else ("1m", "12m"))
     modes = options.modes or (("eager", "captured", "compiled") if cuda else ("eager", "compiled"))
+    known = {f"{way}{end}" for way in ("eager", "captured", "compiled") for end in ("", "-float32", "-bfloat16")}
+    if unknown := set(modes) - known:
+        raise SystemExit(f"error: modes {', '.join(sorted(unknown))} do not exist: take some of "
+                         f"{', '.join(sorted(known))}")
     model = next((line.split(": ")[1] for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
     about = dict(device=torch.cuda.get_device_name() if cuda else model.strip() or platform.processor(),
                  threads=options.threads, date=datetime.date.today().isoformat(), batch=[options.batch_size,
