@@ -147,7 +147,8 @@ class Args:
     exp_name: str = "dreamer"  # name of the experiment, part of the run's name
     seed: int = 1  # seed of everything random, see `derive_seeds`
     cuda: bool = True  # use a GPU if there is one
-    # number format of updates; auto: bfloat16 on CUDA, float32 on CPU
+    # number format of updates; auto: bfloat16 on CUDA and, for models larger than 1m, on a CPU with
+    # instructions for it; else float32
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     threads: int = 0  # CPU threads of PyTorch; 0: half of the cores
     # fuse operations with torch.compile, which takes minutes on a CPU; by default where it pays
@@ -1351,8 +1352,13 @@ class Dreamer(nn.Module):
     def cast(self) -> Tensors:
         """Weights in bfloat16 where updates use it; gradients reach the float32 originals. The
         scales of norms stay float32, as in the reference."""
-        auto = "bfloat16" if self.device.type == "cuda" else "float32"
-        if (auto if self.args.precision == "auto" else self.args.precision) == "float32":
+        precision = self.args.precision
+        if precision == "auto":
+            cpu = torch.cpu.get_capabilities()
+            fast = cpu.get("avx512_bf16") or cpu.get("amx_bf16")  # elsewhere it is emulated, slowly
+            fast = fast and self.wm.size.deter > 512  # small products do not repay the casts
+            precision = "bfloat16" if self.device.type == "cuda" or fast else "float32"
+        if precision == "float32":
             return {}
         norms = {f"{name}.weight" for name, x in self.named_modules() if isinstance(x, RMSNorm)}
         return {k: p.to(torch.bfloat16) for k, p in self.named_parameters() if k not in norms}
@@ -1987,6 +1993,12 @@ class Run:
         self.buffer = self.make_buffer(envs.num_envs)
         if args.resume:
             self.load_replay()
+        rows = self.buffer.num_envs  # that a step of all environments adds
+        self.enough = max(args.batch_size * args.batch_length, rows * self.buffer.window)
+        first = math.ceil(self.enough / rows) * envs.num_envs * self.ranks
+        if args.total_timesteps < first:
+            warnings.warn(f"nothing will be learned: the first update needs {first:,} steps in the "
+                          f"replay, and total_timesteps are {args.total_timesteps:,}")
         self.writer = self.open_log() if self.rank == 0 else None
         if self.ranks > 1:
             distributed.barrier()  # no process saves before there is a folder
@@ -2074,9 +2086,8 @@ class Run:
     def updates_due(self) -> int:
         """Updates to make after this step: train_ratio / (B·T) for each environment step, once the
         replay holds a batch of different steps and a window of every environment."""
-        buffer = self.buffer
         batch_steps = self.args.batch_size * self.args.batch_length
-        if len(buffer) >= max(batch_steps, buffer.num_envs * buffer.window):
+        if len(self.buffer) >= self.enough:
             self.updates_owed += self.envs.num_envs * self.args.train_ratio / batch_steps
         due = int(self.updates_owed)
         self.updates_owed -= due

@@ -1203,6 +1203,15 @@ def test_bfloat16_losses_are_near_float32_and_every_parameter_gets_a_finite_grad
     assert latents["deter"].dtype == torch.bfloat16
     assert all(p.isfinite().all() for p in low.parameters())
 
+@pytest.mark.parametrize("instructions, size, expected", [
+    ({"avx512_bf16": True}, "12m", True), ({"avx512_bf16": False, "amx_bf16": True}, "12m", True),
+    ({"avx512_bf16": True, "amx_bf16": True}, "1m", False), ({"avx512_bf16": False}, "12m", False),
+    ({}, "12m", False)])
+def test_by_default_a_cpu_uses_bfloat16_for_large_models_and_if_it_has_instructions_for_it(
+        script, instructions, size, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
+    assert bool(script.make_agent(precision="auto", size=size).cast()) == expected
+
 def test_updates_in_bfloat16_use_the_scales_of_norms_in_float32(script):
     agent, seen = script.make_agent(precision="bfloat16"), {}
     for module in agent.wm.modules():
@@ -2018,6 +2027,17 @@ def test_a_file_that_cannot_be_written_is_warned_of_and_costs_no_other(
         with pytest.warns(UserWarning, match="holds no replay.pt"):
             longer = script.args_of(total_timesteps=110, resume=str(run))
             assert script.module.main(longer)["updates"] > 0
+
+@pytest.mark.parametrize("num_envs, first", [(2, 4 * 8), (6, 6 * (8 + 1))])
+def test_a_run_too_short_for_its_first_update_says_so(script, folder, num_envs, first):
+    values = dict(num_envs=num_envs, batch_size=4, batch_length=8, train_ratio=32)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "nothing will be learned")
+        enough = script.args_of(**values, total_timesteps=first)
+        assert script.module.main(enough)["updates"] > 0
+    with pytest.warns(UserWarning, match=f"first update needs {first} steps"):
+        less = script.args_of(**values, total_timesteps=first - num_envs, exp_name="less")
+        assert script.module.main(less)["updates"] == 0
 
 def test_a_replay_of_another_step_than_the_agent_is_warned_of(script, folder):
     script.module.main(script.args_of(total_timesteps=60))
