@@ -12,7 +12,7 @@ and comparison.png, the mean and the range over seeds; and prints a table. compa
 
 A return while training is that of an episode with all noise of exploration. It stands at the step, over all
 environments, at which the episode ended. An evaluation is that of the agent's own script, over 20 episodes: dreamer.py
-and decoder_free.py sample from an average of their weights, the others play modes.
+and decoder_free.py sample from an average of their weights, planning.py plans with it, the others play modes.
 """
 import argparse
 import csv
@@ -26,8 +26,8 @@ import curves
 
 RETURN = "charts/episodic_return"
 EVALUATION = "eval/episodic_return"
-LABELS = {"dreamer": "DreamerV3", "decoder_free": "decoder-free", "dreamer_v1": "DreamerV1",
-          "hockey_agent": "hockey settings", "ppo": "PPO", "sac": "SAC"}
+LABELS = {"dreamer": "DreamerV3", "planning": "DreamerV3, planning", "decoder_free": "decoder-free",
+          "dreamer_v1": "DreamerV1", "hockey_agent": "hockey settings", "ppo": "PPO", "sac": "SAC"}
 
 # CleanRL's values, where they are not the defaults of stable-baselines3. CleanRL halves the squared error of values.
 PPO = dict(learning_rate=lambda left: 2.5e-4 * max(left, 0.0), n_steps=128, batch_size=128, n_epochs=4,
@@ -127,7 +127,7 @@ def draw(runs: dict[Name, list[Row]], args: argparse.Namespace) -> None:
             seeds = [[(step, value) for tag, step, value in rows if tag == RETURN and step <= args.steps]
                      for name, rows in runs.items() if name[:2] == (task, agent)]
             if seeds:
-                plot.draw(axes, label, seeds, args.bins, args.steps, color=f"C{min(i, 4)}")
+                plot.draw(axes, label, seeds, args.bins, args.steps, color=f"C{min(i, 5)}")
         axes.set(title=task, xlabel="environment steps", ylabel="return of episodes while training")
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)

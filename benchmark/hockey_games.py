@@ -1,8 +1,8 @@
 """How a run of games.hockey with a pool learned: its past selves against the package's scripts, and the latest against
 its past selves.
 
-    python benchmark/hockey.py runs/RUN --every 2 --out benchmark/hockey/record_s1.csv
-    python benchmark/hockey.py benchmark/hockey/record_s1.csv --picture benchmark/hockey/record_s1.png
+    python benchmark/hockey_games.py runs/RUN --every 2 --out benchmark/hockey/record_s1.csv
+    python benchmark/hockey_games.py benchmark/hockey/record_s1.csv --picture benchmark/hockey/record_s1.png
 
 The second needs matplotlib. One line for each pair: after how many steps a player was kept, its opponent (a script, or
 the steps of a past self), games, wins, defeats, draws. Games are without shaping, the player in a random seat; all pairs
