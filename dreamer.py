@@ -1295,8 +1295,9 @@ class Dreamer(nn.Module):
             self.critic(feat), slow_value, returns[:, 0].view_as(slow_value), data["reward"],
             data["is_last"], data["is_terminal"], self.args.gamma, self.args.return_lambda)
 
-    def anneal(self, progress: float) -> None:
-        """Sets what is annealed for a run of which the fraction `progress` is done."""
+    def anneal(self, progress: float, step: int = 0) -> None:
+        """Sets what is annealed for a run of which the fraction `progress` is done. step: how many
+        of all environments were made, for variants."""
         args = self.args
         left = max(0.0, 1 - progress)
         lr = args.learning_rate * (left if args.anneal_lr else 1.0)
@@ -1939,7 +1940,7 @@ class Run:
             self.saved_args = load_file(self.dir)["args"]  # fails before anything is made
         self.replay_file = f"replay{self.rank or ''}.pt"
         self.counters = {"global_step": 0, "updates": 0, "updates_owed": 0.0, "annealed": 0.0,
-                         "seconds": 0.0, "ranks": self.ranks}  # at the beginning of this part
+                         "seconds": 0.0, "ranks": self.ranks, "solved": None}  # as this part begins
         self.step = 0
         self.updates = 0
         self.updates_owed = 0.0
@@ -1985,9 +1986,11 @@ class Run:
         self.step = self.counters["global_step"]
         self.updates = self.counters["updates"]
         self.updates_owed = self.counters["updates_owed"]
+        self.solved = self.counters["solved"] == (args.stop_at, args.total_timesteps)
         if self.finished:
-            raise InputError(f"{self.dir} has made its {self.step:,} steps: raise "
-                             "--total-timesteps, or play it with --evaluate")
+            done = f"reached {args.stop_at}" if self.solved else f"made its {self.step:,} steps"
+            raise InputError(f"{self.dir} has {done}: raise --total-timesteps, or play it with "
+                             "--evaluate")
         if args.anneal_lr and self.annealed >= 1:
             warnings.warn("the step size was annealed to zero: add --no-anneal-lr to learn on")
         self.buffer = self.make_buffer(envs.num_envs)
@@ -2234,6 +2237,7 @@ class Run:
         before = self.counters
         return {"global_step": self.step, "updates": self.updates, "ranks": self.ranks,
                 "updates_owed": self.updates_owed, "annealed": self.annealed,
+                "solved": (self.args.stop_at, self.args.total_timesteps) if self.solved else None,
                 "seconds": before["seconds"] + seconds,
                 "sps": (self.step - before["global_step"]) / seconds,
                 "updates_per_second": (self.updates - before["updates"]) / seconds}
@@ -2322,7 +2326,7 @@ def main(args: Args, agent_class: type[Dreamer] = Dreamer) -> dict[str, Any]:
             # 3. step, and in the meantime
             envs.step_async(action)
             # 4. learn
-            agent.anneal(run.annealed)
+            agent.anneal(run.annealed, run.step)
             for _ in range(run.updates_due()):
                 metrics, latents = agent.update(batch := buffer.sample(args.batch_size))
                 buffer.write_back(batch, **latents)

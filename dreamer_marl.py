@@ -1259,8 +1259,9 @@ class Dreamer(nn.Module):
             self.critic(feat), slow_value, returns[:, 0].view_as(slow_value), data["reward"],
             data["is_last"], data["is_terminal"], self.args.gamma, self.args.return_lambda)
 
-    def anneal(self, progress: float) -> None:
-        """Sets what is annealed for a run of which the fraction `progress` is done."""
+    def anneal(self, progress: float, step: int = 0) -> None:
+        """Sets what is annealed for a run of which the fraction `progress` is done. step: how many
+        of all environments were made, for variants."""
         args = self.args
         left = max(0.0, 1 - progress)
         lr = args.learning_rate * (left if args.anneal_lr else 1.0)
@@ -1809,7 +1810,7 @@ class Run:
             self.saved_args = load_file(self.dir)["args"]  # fails before anything is made
         self.replay_file = f"replay{self.rank or ''}.pt"
         self.counters = {"global_step": 0, "updates": 0, "updates_owed": 0.0, "annealed": 0.0,
-                         "seconds": 0.0, "ranks": self.ranks}  # at the beginning of this part
+                         "seconds": 0.0, "ranks": self.ranks, "solved": None}  # as this part begins
         self.step = 0
         self.updates = 0
         self.updates_owed = 0.0
@@ -1855,9 +1856,11 @@ class Run:
         self.step = self.counters["global_step"]
         self.updates = self.counters["updates"]
         self.updates_owed = self.counters["updates_owed"]
+        self.solved = self.counters["solved"] == (args.stop_at, args.total_timesteps)
         if self.finished:
-            raise InputError(f"{self.dir} has made its {self.step:,} steps: raise "
-                             "--total-timesteps, or play it with --evaluate")
+            done = f"reached {args.stop_at}" if self.solved else f"made its {self.step:,} steps"
+            raise InputError(f"{self.dir} has {done}: raise --total-timesteps, or play it with "
+                             "--evaluate")
         if args.anneal_lr and self.annealed >= 1:
             warnings.warn("the step size was annealed to zero: add --no-anneal-lr to learn on")
         self.buffer = self.make_buffer(envs.num_envs)
@@ -2104,6 +2107,7 @@ class Run:
         before = self.counters
         return {"global_step": self.step, "updates": self.updates, "ranks": self.ranks,
                 "updates_owed": self.updates_owed, "annealed": self.annealed,
+                "solved": (self.args.stop_at, self.args.total_timesteps) if self.solved else None,
                 "seconds": before["seconds"] + seconds,
                 "sps": (self.step - before["global_step"]) / seconds,
                 "updates_per_second": (self.updates - before["updates"]) / seconds}
@@ -2940,7 +2944,7 @@ def with_noise(agent: SocialDreamer, rng: torch.Generator) -> SocialDreamer:
 class Pool:
     """Frozen copies of past selves, and who is met next. x, the learner's rate of victories over a
     member, begins at 1/2 and decays towards it: (1 + wins) / (2 + games), in which each result
-    counts 0.95 times as much as the next one."""
+    counts 0.95 times as much as the next one. A victory is a higher return, shaping included."""
     decay = 0.95
 
     def __init__(self, size: int, weighting: str, seed: int):
@@ -2955,9 +2959,9 @@ class Pool:
     def add(self, agent: SocialDreamer, weights: Tensors | None = None) -> int:
         """A deep copy, on the CPU, of what acts: of `agent` or, with `weights`, of one like it.
         Returns its number."""
-        unused = (agent.optimizer, agent.learned, agent.act_rng, agent.learn_rng, agent.fast_learn,
-                  agent.fast_choose, agent.critic, agent.slow_critic, agent.wm.decoder,
-                  agent.wm.reward, agent.wm.cont)
+        unused = (agent.optimizer, agent.learned, agent.averages, agent.act_rng, agent.learn_rng,
+                  agent.fast_learn, agent.fast_choose, agent.critic, agent.slow_critic,
+                  agent.wm.decoder, agent.wm.reward, agent.wm.cont)
         member = copy.deepcopy(agent, {id(x): None for x in unused}).to("cpu").requires_grad_(False)
         member.device = torch.device("cpu")
         for owner, name in member.compiled():  # compiled functions are bound to the learner
@@ -3024,17 +3028,20 @@ class Pool:
         self.rng.bit_generator.state = json.loads(state["rng"])
 
 def make_pool(agent: SocialDreamer, args: SocialArgs, run_dir: str | Path, rank: int = 0) -> Pool:
-    """The pool of the run in `run_dir` or, if that is "", a new one: of the agent as it is, and of
-    those in pool_checkpoints. Every process of torchrun has one; that of the first is saved."""
+    """The pool of the run in `run_dir` or, if that is "" or has none, a new one: of the agent as it
+    is there. Those in pool_checkpoints join it, unless they did before. Every process of torchrun
+    has one; that of the first is saved."""
     pool = Pool(args.pool_size, args.pool_weighting, derive_seeds(args.seed, "pool", rank)[0])
-    state = load_file(run_dir).get("pool") if run_dir else None
-    if state:
+    saved = load_file(run_dir) if run_dir else {}
+    there = ()
+    if state := saved.get("pool"):
         pool.load_state_dict(state, agent)
+        there = saved["args"].get("pool_checkpoints", ())
         if rank:
             pool.rng = np.random.default_rng(derive_seeds(args.seed, f"pool {pool.next}", rank)[0])
-        return pool
-    pool.add(agent)
-    for path in args.pool_checkpoints:
+    else:
+        pool.add(agent, saved.get("agent"))
+    for path in (x for x in args.pool_checkpoints if x not in there):
         try:
             pool.add(agent, load_file(path)["agent"])
         except (RuntimeError, KeyError) as error:
@@ -3443,7 +3450,7 @@ def main(args: SocialArgs, agent_class: type[SocialDreamer] = SocialDreamer) -> 
             # 3. step, and in the meantime
             envs.step_async(action)
             # 4. learn
-            agent.anneal(run.annealed)
+            agent.anneal(run.annealed, run.step)
             for _ in range(run.updates_due()):
                 metrics, latents = agent.update(batch := buffer.sample(args.batch_size))
                 buffer.write_back(batch, **latents)

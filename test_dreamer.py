@@ -2005,6 +2005,17 @@ def test_a_run_ends_when_an_evaluation_has_the_wanted_return_and_is_evaluated_an
         assert [x for x in seeds if " " in x] == between and seeds[len(between)] == "evaluation"
         seeds.clear()
 
+def test_a_run_that_reached_its_return_is_finished_until_more_is_asked_for(script, folder):
+    values = dict(total_timesteps=60, eval_every=20, stop_at=-1e6)
+    assert script.module.main(script.args_of(**values))["global_step"] == 20
+    run = str(run_of(folder))
+    with pytest.raises(script.module.InputError, match="has reached -1000000.0: raise"):
+        script.module.main(script.args_of(**values, resume=run))
+    more = script.args_of(**values | {"total_timesteps": 80}, resume=run)
+    assert script.module.main(more)["global_step"] == 40
+    more = script.args_of(**values | {"stop_at": None}, resume=run)
+    assert script.module.main(more)["global_step"] == 60
+
 @pytest.mark.parametrize("lost", ["agent.pt", "replay.pt"])
 def test_a_file_that_cannot_be_written_is_warned_of_and_costs_no_other(
         script, folder, monkeypatch, lost):
@@ -2217,9 +2228,9 @@ def test_annealing_goes_on_from_where_it_was_even_if_the_run_is_made_longer(fold
     seen = []
 
     class Watched(interrupted_by(Solo, break_off, at=8)):
-        def anneal(self, progress):
+        def anneal(self, progress, step):
             seen.append(progress)
-            super().anneal(progress)
+            super().anneal(progress, step)
 
     D.main(args_of(anneal_lr=True), Watched)
     at = len(seen) - 1  # steps of 2 environments, of 60; the last one was broken off
@@ -3170,6 +3181,28 @@ def test_agents_of_other_runs_join_the_pool(folder):
         equal(p, saved[name])
     with pytest.raises(M.InputError, match="cannot join the pool"):
         M.make_pool(make_team(seats=2), args, "")
+    resumed = M.make_pool(agent, args, run)  # the checkpoint is new to that run
+    assert list(resumed.members) == [0, 1]
+    for name, p in resumed.members[1].named_parameters():
+        equal(p, saved[name])
+    known = M.load_file(run)
+    known["args"]["pool_checkpoints"] = (str(run),)
+    M.save_file(run / "agent.pt", known)
+    assert list(M.make_pool(agent, args, run).members) == [0]
+
+def test_the_pool_of_a_run_that_had_none_begins_with_its_agent(folder):
+    M.main(team_args(partners="scripted", seed=7, total_timesteps=50))
+    args = team_args(partners="pool")
+    agent = M.SocialDreamer(*M.seat_spaces(args)[:2], args, 2)
+    saved = M.load_file(run_of(folder))["agent"]
+    for name, p in M.make_pool(agent, args, run_of(folder)).members[0].named_parameters():
+        equal(p, saved[name])
+
+def test_members_of_the_pool_hold_no_average_of_weights():
+    agent = make_team(average=0.5)
+    agent.update(team_batch(agent))
+    pool = M.Pool(3, "uniform", 0)
+    assert agent.averages and not pool.members[pool.add(agent)].averages
 
 def test_pictures_show_what_the_head_expected_of_teammates_beside_what_they_did(monkeypatch):
     _, replay, agent = play_team(lambda: Toy((6, 3, 6)), 30)

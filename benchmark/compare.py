@@ -154,7 +154,10 @@ def print_table(runs: dict[Name, list[Row]], args: argparse.Namespace) -> None:
 def compare(args: argparse.Namespace) -> None:
     runs = {}
     for source in args.sources:
-        runs |= read(source)
+        new = read(source)
+        if clash := runs.keys() & new.keys():
+            raise SystemExit(f"error: {source} holds {'__'.join(sorted(clash)[0])} once more: leave one out")
+        runs |= new
     for name in runs:
         if len(name) < 3 or name[1] not in LABELS:
             raise SystemExit(f"error: {'__'.join(name)} names no run: give ENV__AGENT__SEED=SOURCE, the "

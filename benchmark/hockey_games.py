@@ -5,8 +5,8 @@ its past selves.
     python benchmark/hockey_games.py benchmark/hockey/record_s1.csv --picture benchmark/hockey/record_s1.png
 
 The second needs matplotlib. One line for each pair: after how many steps a player was kept, its opponent (a script, or
-the steps of a past self), games, wins, defeats, draws. Games are without shaping, the player in a random seat; all pairs
-have the same seeds. Players sample their actions, as in training.
+the steps of a past self), games, wins, defeats, draws. Games are without shaping, the player in a random seat; all
+pairs have the same seeds. Players sample their actions, as in training.
 """
 import argparse
 import csv
@@ -28,6 +28,7 @@ def play(run: str, every: int, episodes: int, path: str) -> None:
     observations, actions, seats, _ = M.seat_spaces(args)
     agent = M.SocialDreamer(observations, actions, args, seats)
     latest = M.restore(agent, run)["global_step"]
+    agent.averages = []  # with --average evaluations would take them for the weights of every player
     pool = M.make_pool(agent, args, run)
     weights = {number * args.pool_every: dict(member.named_parameters()) for number, member in pool.members.items()}
     numbers = dict(zip(weights, pool.members))
@@ -87,7 +88,10 @@ def main() -> None:
     if bool(args.out) == bool(args.picture):
         parser.error("give --out with the folder of a run, or --picture with a CSV file")
     torch.set_num_threads(1)
-    play(args.source, args.every, args.episodes, args.out) if args.out else draw(args.source, args.picture)
+    try:
+        play(args.source, args.every, args.episodes, args.out) if args.out else draw(args.source, args.picture)
+    except M.InputError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,10 @@ torch.set_num_threads(1)
 writer = csv.writer(sys.stdout, lineterminator="\n")
 writer.writerow(["run", "env_id", "seed", "steps", "plan", "episodes", "return", "std", "lowest", "highest",
                  "milliseconds"])
-for run in options.runs:
-    for plan in ["", *options.plans]:
-        writer.writerow(play(run, plan, options.episodes))
-        sys.stdout.flush()
+try:
+    for run in options.runs:
+        for plan in ["", *options.plans]:
+            writer.writerow(play(run, plan, options.episodes))
+            sys.stdout.flush()
+except dreamer.InputError as error:
+    sys.exit(f"error: {error}")

@@ -22,6 +22,7 @@ args = M.parse_args(["--evaluate", run, "--vectorization", "sync"], M.SocialArgs
 observations, actions, seats, _ = M.seat_spaces(args)
 agent = M.SocialDreamer(observations, actions, args, seats)
 M.restore(agent, run)
+agent.averages = []  # with --average evaluations would take them for the weights of every player
 pool = M.make_pool(agent, args, run)
 ids = {"first": min(pool.members), "latest": pool.add(agent)}
 seeds = M.derive_seeds(args.seed, "evaluation", count=episodes)  # as M.evaluate does

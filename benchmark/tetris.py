@@ -177,4 +177,7 @@ def main(options: Options) -> None:
     plot(rows, folder / "tetris.png")
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__.split("\n\n")[0]))
+    try:
+        main(tyro.cli(Options, description=__doc__.split("\n\n")[0]))
+    except dreamer.InputError as error:
+        sys.exit(f"error: {error}")

@@ -254,8 +254,10 @@ def test_frames_are_drawn_and_another_render_mode_is_refused():
     frame = env.render()
     assert frame.shape == (200, 100, 3) and frame.dtype == np.uint8
     assert ((frame > 0).any(-1).sum()) == 4 * 100  # four cells of the falling piece
-    with pytest.raises(ValueError, match="rgb_array"):
+    with pytest.raises(gym.error.UnsupportedMode, match="rgb_array"):
         tetris.Tetris(render_mode="human")
+    with pytest.raises(dreamer.InputError, match=f"{IDS[0]}.*cannot be made.*rgb_array"):
+        dreamer.make_env(dreamer.Args(env_id=IDS[0], env_kwargs='{"render_mode": "ansi"}'), 0, False, "")()
 
 
 def test_a_missing_package_is_an_input_error_that_says_what_to_install(monkeypatch):

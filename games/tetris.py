@@ -77,9 +77,10 @@ class Tetris(gym.Env):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
 
     def __init__(self, render_mode: str | None = None):
-        """render_mode: None or "rgb_array". Raises ValueError for any other."""
+        """render_mode: None or "rgb_array". Raises UnsupportedMode for any other."""
         if render_mode not in (None, "rgb_array"):
-            raise ValueError(f"games.tetris: render_mode {render_mode!r} must be rgb_array or None")
+            raise gym.error.UnsupportedMode(
+                f"games.tetris: render_mode {render_mode!r} must be rgb_array or None")
         self.render_mode = render_mode
         self.game = Game(width=COLUMNS, height=ROWS)
         spaces = {"board": MultiBinary((ROWS, COLUMNS)), "queue": MultiDiscrete([7] * 4),

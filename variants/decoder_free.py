@@ -28,8 +28,8 @@ Deviations from the paper: it learns from images; here tokens may come from vect
 its initial state; here that is zero, as in DreamerV3. With --accumulate, correlations are those of
 a part of the batch, so that the update is not that of one pass.
 
-Measured: without a decoder as good as with one in Pendulum-v1 (three seeds), and less even in
-CartPole-v1 (500, 479, 234; with one 500, 328, 500). Rewards and ends alone shape no state that
+Measured: without a decoder as good as with one in Pendulum-v1 (three seeds); in CartPole-v1 seeds
+differ more (500, 479, 234; with one 500, 328, 500). Rewards and ends alone shape no state that
 either can be learned from (three seeds). Tables in benchmark/README.md.
 """
 import dataclasses

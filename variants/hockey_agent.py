@@ -1,8 +1,8 @@
-"""The simplified agent for air hockey: DreamerV1 with other sizes, for victory and defeat alone.
+"""A small agent for air hockey: DreamerV1 with other sizes, for victory and defeat alone.
 
     python variants/hockey_agent.py                         # needs hockey-env, see games/hockey.py
     python variants/hockey_agent.py --env-kwargs '{"script": "strong"}'
-    python variants/hockey_agent.py --evaluate runs/HockeyDuel-v0__…          # share of victories
+    python variants/hockey_agent.py --evaluate runs/HockeyDuel-v0__…
 
 Differences from dreamer_v1.py: 64 Gaussian latents, a
 GRU and layers of 256; Adam with 3e-4 for the world model, 3e-5 for actor and critic; two KL losses,
@@ -29,7 +29,7 @@ import dreamer_v1
 
 dreamer.SIZES["hockey"] = dreamer.Size(
     deter=256, hidden=256, classes=1, depth=16, units=256, latents=64)
-PLAN: dict[str, Any] = dict(
+HOCKEY: dict[str, Any] = dict(
     size="hockey", learning_rate=3e-4, actor_lr=3e-5, critic_lr=3e-5, gamma=0.997, free_nats=1.0,
     dyn_scale=0.5, rep_scale=0.1, normalize_returns=True)
 
@@ -41,8 +41,8 @@ class Args(dreamer_v1.Args):
 
     @classmethod
     def preset(cls, env_id: str, pixels: bool = False, **overrides: Any) -> "Args":
-        """The values of the plan come before those of dreamer_v1.py."""
-        return super().preset(env_id, pixels, **(PLAN | overrides))
+        """The values for hockey come before those of dreamer_v1.py."""
+        return super().preset(env_id, pixels, **(HOCKEY | overrides))
 
 class Duel(gym.Env):
     """Wraps games.hockey, the game for two, into one for player_0. player_1 is played by `script`,

@@ -1,6 +1,7 @@
 """DreamerV3 that explores in its dreams: it goes where an ensemble of predictors disagrees.
 
-    python variants/plan2explore.py --env-id MountainCar-v0                  # disagreement
+    export PYTHONPATH=benchmark                       # where mountain_car.py scales observations
+    python variants/plan2explore.py --env-id mountain_car:ScaledMountainCar-v0
     python variants/plan2explore.py --intrinsic-weight 0 --action-noise 0.3  # cheaper: noise alone
 
 Follows Plan2Explore (arXiv 2005.05960). Each member predicts the encoder's tokens of the next step
@@ -83,12 +84,15 @@ class RangeNormalizer(dreamer.ReturnNormalizer):
 class Explorer(dreamer.Dreamer):
     """The plain agent. While it explores, its actions are noisy, but for those of evaluations."""
     def make_actor_critic(self, feat: int, units: int) -> None:
+        level = self.args.action_noise
+        if level > 1 and "discrete" in [kind for kind, _ in self.actions.heads.values()]:
+            raise dreamer.InputError(f"action_noise {level} is a chance here: take 0 to 1")
         super().make_actor_critic(feat, units)
         self.register_buffer("exploring", torch.ones(()), persistent=False)
 
-    def anneal(self, progress: float) -> None:
-        super().anneal(progress)
-        self.exploring.fill_(progress * self.args.total_timesteps < self.args.explore_steps)
+    def anneal(self, progress: float, step: int = 0) -> None:
+        super().anneal(progress, step)
+        self.exploring.fill_(step < self.args.explore_steps)
 
     def choose_action(self, state: Tensors, noise: Tensor | None) -> Tensor:
         level = self.args.action_noise * self.exploring * self.training

@@ -229,6 +229,21 @@ def test_model_actor_and_critic_move_by_their_own_step_sizes():
     assert [float(g["lr"]) for g in agent.optimizer.param_groups] == pytest.approx(
         [2.5e-4, 2e-3, 4e-3])
 
+def test_what_is_resumed_keeps_adams_averages_and_takes_the_step_sizes_of_the_flags():
+    old, new = v1(actor_lr=2e-3), v1(actor_lr=5e-3)
+    old.update(batch_of(old))
+    state = old.state_dict()
+    assert [float(g["lr"]) for g in new.optimizer.param_groups][1] == pytest.approx(5e-3)
+    new.optimizer.param_groups[0]["capturable"] = True  # as on a GPU; the saved ones are not
+    new.load_state_dict(state)
+    assert [float(g["lr"]) for g in new.optimizer.param_groups][1] == pytest.approx(5e-3)
+    assert [g["capturable"] for g in new.optimizer.param_groups] == [True, False, False]
+    for p, q in zip(old.learned, new.learned):
+        averages = old.optimizer.state[p]
+        assert averages.keys() == new.optimizer.state[q].keys() >= {"exp_avg", "exp_avg_sq"}
+        for name, x in averages.items():
+            assert torch.equal(x, new.optimizer.state[q][name])
+
 def test_adam_is_torchs_after_the_gradient_of_each_group_was_clipped():
     ours = [nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))]
     theirs = [nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))]

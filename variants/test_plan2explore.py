@@ -183,8 +183,9 @@ def test_small_disagreements_are_scaled_up():
 def test_the_switch_to_the_task_comes_with_the_step_that_was_named():
     agent = make_agent("plan2explore", total_timesteps=3000, explore_steps=1000)
     for step, exploring in ((0, 1), (999, 1), (1000, 0), (2999, 0)):
-        agent.anneal(step / 3000)
-        assert float(agent.exploring) == exploring
+        for progress in (0.1, 0.9):  # which a run that was made longer reaches at another step
+            agent.anneal(progress, step)
+            assert float(agent.exploring) == exploring
 
 # action noise
 
@@ -211,8 +212,14 @@ def test_noise_on_numbers_adds_its_variance_and_ends_with_exploring_and_in_evalu
     with agent.evaluating():
         torch.testing.assert_close(agent.choose_action(many, noise), policy.sample(noise))
     assert float(agent.exploring) == 1
-    agent.anneal(1.0)
+    agent.anneal(1.0, step=10_000)
     torch.testing.assert_close(agent.choose_action(many, noise), policy.sample(noise))
+
+def test_a_chance_above_one_is_refused_where_there_are_choices():
+    spaces = dict(actions=Dict(a=Discrete(3), b=Box(-1, 1, (2,))), intrinsic_weight=0.0)
+    assert make_agent("plan2explore", action_noise=1.0, **spaces)
+    with pytest.raises(dreamer.InputError, match="action_noise 1.5 is a chance"):
+        make_agent("plan2explore", action_noise=1.5, **spaces)
 
 def test_an_ensemble_of_one_is_refused_in_a_sentence():
     with pytest.raises(dreamer.InputError, match="members 1 cannot disagree: take 2 or more"):

@@ -194,6 +194,7 @@ def test_a_picture_shows_images_above_their_reconstructions_above_samples(tmp_pa
 
 @pytest.mark.parametrize("values, complaint", [
     (dict(env_id="CartPole-v1"), "no images"), (dict(latents=0), "positive"),
+    (dict(epochs=0), "positive"), (dict(learning_rate=-1.0), "positive"),
     (dict(evaluate="nowhere"), "vae.pt"), (dict(env_id="Nowhere-v0"), "Nowhere")])
 def test_bad_input_is_refused_with_a_sentence(values, complaint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

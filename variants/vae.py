@@ -117,8 +117,9 @@ def main(args: Args) -> None:
     if args.evaluate:
         saved = dreamer.load_file(args.evaluate, "vae.pt")
         args = Args(**saved["args"] | {"evaluate": args.evaluate})
-    if min(args.seed + 1, args.total_timesteps, args.latents, args.batch_size) < 1:
-        raise dreamer.InputError("seed, total_timesteps, latents and batch_size must be positive")
+    counts = args.total_timesteps, args.latents, args.batch_size, args.epochs
+    if min(args.seed + 1, *counts) < 1 or not 0 < args.learning_rate <= 1:
+        raise dreamer.InputError("numbers must be positive, and learning_rate at most 1")
     base = dreamer.Args(env_id=args.env_id, pixels=args.pixels, seed=args.seed)
     torch.manual_seed(dreamer.derive_seeds(args.seed, "vae")[0])
     test = collect(base, args.total_timesteps // 10 + 10, "test")
@@ -134,8 +135,7 @@ def main(args: Args) -> None:
         for epoch in range(args.epochs):
             report(vae, test, noise, writer, epoch)
             for batch in torch.randperm(len(x)).split(args.batch_size):
-                rec, kl = vae(x[batch], torch.randn(len(batch), args.latents))
-                loss = (rec + kl).mean()  # −ELBO, but for n/2 · ln π
+                loss = sum(vae(x[batch], torch.randn(len(batch), args.latents))).mean()  # −ELBO
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
