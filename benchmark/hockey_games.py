@@ -1,12 +1,12 @@
-"""How a run of games.hockey with a pool learned: its past selves against the package's scripts, and the latest against
-its past selves.
+"""How an agent of games.hockey learned: kept players against the package's scripts, and the latest against the others.
 
-    python benchmark/hockey_games.py runs/RUN --every 2 --out benchmark/hockey/record_s1.csv
-    python benchmark/hockey_games.py benchmark/hockey/record_s1.csv --picture benchmark/hockey/record_s1.png
+    python benchmark/hockey_games.py play runs/RUN [FOLDER…] --out benchmark/hockey/games.csv
+    python benchmark/hockey_games.py draw benchmark/hockey/games.csv… --out benchmark/hockey/games.png
 
-The second needs matplotlib. One line for each pair: after how many steps a player was kept, its opponent (a script, or
-the steps of a past self), games, wins, defeats, draws. Games are without shaping, the player in a random seat; all
-pairs have the same seeds. Players sample their actions, as in training.
+`play` takes folders that hold an agent.pt of one agent at different steps; its players are these and, where there is a
+pool, the members of it. One line for each pair: after how many steps a player was kept, its opponent (a script, or the
+steps of another player), games, wins, defeats, draws. Games are without shaping, the player in a random seat; all pairs
+have the same seeds. Actions are sampled, with --deterministic modes for the first of the two. `draw` needs matplotlib.
 """
 import argparse
 import csv
@@ -23,43 +23,49 @@ import dreamer_marl as M  # noqa: E402
 SCRIPTS = ("weak", "strong")
 
 
-def play(run: str, every: int, episodes: int, path: str) -> None:
-    args = M.parse_args(["--evaluate", run, "--vectorization", "sync", "--no-compile"], M.SocialArgs)
-    observations, actions, seats, _ = M.seat_spaces(args)
-    agent = M.SocialDreamer(observations, actions, args, seats)
-    latest = M.restore(agent, run)["global_step"]
-    agent.averages = []  # with --average evaluations would take them for the weights of every player
-    pool = M.make_pool(agent, args, run)
-    weights = {number * args.pool_every: dict(member.named_parameters()) for number, member in pool.members.items()}
-    numbers = dict(zip(weights, pool.members))
-    chosen = list(weights)[::every]
-    weights[latest] = {name: x.detach().clone() for name, x in agent.named_parameters()}
-    pairs = [(steps, script) for steps in dict.fromkeys([*chosen, latest]) for script in SCRIPTS]
-    pairs += [(latest, steps) for steps in chosen]
-    with open(path, "w", newline="") as file:
+def play(options: argparse.Namespace) -> None:
+    players = {}  # steps → weights
+    for folder in options.sources:
+        args = M.parse_args(["--evaluate", folder, "--vectorization", "sync", "--no-compile"], M.SocialArgs)
+        observations, actions, seats, _ = M.seat_spaces(args)
+        agent = M.SocialDreamer(observations, actions, args, seats)
+        latest = M.restore(agent, folder)["global_step"]
+        agent.averages = []  # with --average evaluations would take them for the weights of every player
+        if args.partners == "pool":
+            for number, member in M.make_pool(agent, args, folder).members.items():
+                players[number * args.pool_every] = dict(member.named_parameters())
+        players[latest] = {name: x.detach().clone() for name, x in agent.named_parameters()}
+    latest = max(players)
+    pool = M.Pool(len(players) + 3, "uniform", 0)
+    numbers = {steps: pool.add(agent, weights) for steps, weights in sorted(players.items())}
+    pairs = [(steps, script) for steps in numbers for script in SCRIPTS if script in options.against]
+    pairs += [(latest, steps) for steps in numbers if steps < latest and "players" in options.against]
+    with open(options.out, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["steps", "opponent", "games", "wins", "defeats", "draws"])
         for steps, opponent in pairs:
-            agent.load_state_dict(weights[steps], strict=False)
-            if opponent in SCRIPTS:
-                alone = dataclasses.replace(args, partners="scripted", scripted=(opponent,))
-                result = M.evaluate(agent, alone, episodes)
-            else:
-                result = M.evaluate(agent, args, episodes, pool=pool, partner=numbers[opponent])
+            agent.load_state_dict(players[steps], strict=False)
+            script = opponent in SCRIPTS
+            values = dict(partners="scripted", scripted=(opponent,)) if script else dict(partners="pool", scripted=())
+            result = M.evaluate(agent, dataclasses.replace(args, **values), options.games,
+                                deterministic=options.deterministic, pool=None if script else pool,
+                                partner=None if script else numbers[opponent])
             x = np.sign(result["returns"])
-            writer.writerow([steps, opponent, episodes, (x > 0).sum(), (x < 0).sum(), (x == 0).sum()])
+            writer.writerow([steps, opponent, options.games, (x > 0).sum(), (x < 0).sum(), (x == 0).sum()])
             file.flush()
 
 
-def draw(path: str, picture: str) -> None:
+def draw(options: argparse.Namespace) -> None:
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    with open(path) as file:
-        rows = list(csv.DictReader(file))
+    rows = []
+    for path in options.sources:
+        with open(path) as file:
+            rows += csv.DictReader(file)
     groups = {f"against {script}": [(r["steps"], r) for r in rows if r["opponent"] == script] for script in SCRIPTS}
-    groups["the latest against past selves"] = [(r["opponent"], r) for r in rows if r["opponent"] not in SCRIPTS]
+    groups["the latest against earlier ones"] = [(r["opponent"], r) for r in rows if r["opponent"] not in SCRIPTS]
     figure, panels = plt.subplots(1, 3, figsize=(12, 3.6), sharey=True)
     for axes, (title, points) in zip(panels, groups.items()):
         steps = [int(x) for x, _ in points]
@@ -68,28 +74,33 @@ def draw(path: str, picture: str) -> None:
             error = np.sqrt(share * (1 - share) / int(rows[0]["games"]))
             axes.plot(steps, share, ".-", label=name, color=color)
             axes.fill_between(steps, share - error, share + error, color=color, alpha=0.2, linewidth=0)
-        axes.set(title=title, xlabel="steps after which the past self was kept" if title.startswith("the")
-                 else "environment steps", ylim=(0, 1))
+        label = "steps of the earlier one" if title.startswith("the") else "environment steps"
+        axes.set(title=title, xlabel=label, ylim=(0, 1))
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("share of games")
+    panels[0].set_ylabel("share of games, ± standard error")
     panels[0].legend(frameon=False)
     figure.tight_layout()
-    figure.savefig(picture, dpi=110)
+    figure.savefig(options.out, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="folder of a run, or the CSV file of one")
-    parser.add_argument("--every", type=int, default=1, help="take every so many members of the pool")
-    parser.add_argument("--episodes", type=int, default=100)
-    parser.add_argument("--out", help="the CSV file to write")
-    parser.add_argument("--picture", help="the picture to write")
-    args = parser.parse_args()
-    if bool(args.out) == bool(args.picture):
-        parser.error("give --out with the folder of a run, or --picture with a CSV file")
+    commands = parser.add_subparsers(required=True)
+    playing = commands.add_parser("play", help="play and write the results")
+    playing.add_argument("sources", nargs="+", metavar="FOLDER")
+    playing.add_argument("--games", type=int, default=100)
+    playing.add_argument("--against", nargs="+", default=[*SCRIPTS, "players"], choices=[*SCRIPTS, "players"])
+    playing.add_argument("--deterministic", action="store_true", help="the player's actions are modes")
+    playing.set_defaults(run=play)
+    drawing = commands.add_parser("draw", help="draw what was written")
+    drawing.add_argument("sources", nargs="+", metavar="CSV")
+    drawing.set_defaults(run=draw)
+    for command in (playing, drawing):
+        command.add_argument("--out", required=True, help="the file to write")
+    options = parser.parse_args()
     torch.set_num_threads(1)
     try:
-        play(args.source, args.every, args.episodes, args.out) if args.out else draw(args.source, args.picture)
+        options.run(options)
     except M.InputError as error:
         sys.exit(f"error: {error}")
 
