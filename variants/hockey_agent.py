@@ -11,8 +11,8 @@ reward is sparse: 10 for a victory, −10 for a defeat, nothing else. The mean r
 therefore 10 · (share of victories − share of defeats). What is not named here is that of
 dreamer_v1.py: batches of 50 × 50, horizon, action noise. --env-id takes other tasks too.
 
-Measured: that games are played, and that the settings are as above (test_hockey_agent.py). No
-learning result.
+Measured: that games are played, and that the settings are as above (test_hockey_agent.py). Hockey
+itself was not learned. CartPole-v1: 500 in one seed of three; Pendulum-v1: nothing in three.
 """
 import dataclasses
 import importlib
