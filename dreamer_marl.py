@@ -1260,8 +1260,8 @@ class Dreamer(nn.Module):
             data["is_last"], data["is_terminal"], self.args.gamma, self.args.return_lambda)
 
     def anneal(self, progress: float, step: int = 0) -> None:
-        """Sets what is annealed for a run of which the fraction `progress` is done. step: how many
-        of all environments were made, for variants."""
+        """Sets what is annealed for a run of which the fraction `progress` is done. Variants also
+        use `step`, of all environments."""
         args = self.args
         left = max(0.0, 1 - progress)
         lr = args.learning_rate * (left if args.anneal_lr else 1.0)
