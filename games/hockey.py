@@ -9,10 +9,7 @@ comes towards its goal in its own half and it is far from the puck: at worst abo
 
 Scripts: "weak" and "strong", the two strengths of the package's BasicOpponent. The protocol is that
 of games/__init__.py. BasicOpponent draws from NumPy's global generator; while it plays, that is the
-generator of `reset(seed)`.
-
-Measured: after 300,000 steps of self-play (one seed) it still loses more games than it wins against
-"weak", 61 to 17 of 100. Table in benchmark/README.md.
+generator of `reset(seed)`. Measured: 300,000 steps did not teach it to win (benchmark/README.md).
 """
 import importlib
 from typing import Any
@@ -28,21 +25,21 @@ class Hockey:
     goal terminates the episode; without one it is truncated when time is up, after 251 steps.
 
     shaping_steps: steps over which shaping fades linearly to nothing; 0 leaves it out.
-    keep_mode: whether players hold the puck when they catch it; if not, actions are (3,),
-        observations (16,).
+    repeat: frames, 50 a second, for which a learner's action is held; scripts act at every frame.
+    keep_mode: players hold the puck that they catch; if not, actions are (3,), observations (16,).
     kwargs: further arguments of hockey.hockey_env.HockeyEnv, such as mode.
     render_mode: None or "rgb_array"; `render` returns (480, 600, 3) uint8 in both cases.
-
     Raises ImportError if the package is missing, ValueError for values that cannot be used."""
 
     metadata = {"name": "hockey", "render_modes": ["rgb_array"], "render_fps": 50}
     possible_agents = ["player_0", "player_1"]
     scripts = ("weak", "strong")
 
-    def __init__(self, shaping_steps: int = 0, keep_mode: bool = True,
+    def __init__(self, shaping_steps: int = 0, repeat: int = 1, keep_mode: bool = True,
                  render_mode: str | None = None, **kwargs: Any):
-        if shaping_steps < 0:
-            raise ValueError(f"games.hockey: shaping_steps {shaping_steps} must be at least 0")
+        if shaping_steps < 0 or repeat < 1:
+            raise ValueError(f"games.hockey: shaping_steps {shaping_steps} must be at least 0, "
+                             f"repeat {repeat} at least 1")
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"games.hockey: render_mode {render_mode!r} must be rgb_array or None")
         try:
@@ -53,6 +50,8 @@ class Hockey:
                               "github.com/martius-lab/hockey-env on PYTHONPATH") from error
         self.game = self.library.HockeyEnv(keep_mode=keep_mode, **kwargs)
         self.shaping_steps = shaping_steps
+        self.repeat = repeat
+        self.scripted: dict[str, str] = {}  # whose next action a script has chosen, and which
         self.keep_mode = keep_mode
         self.render_mode = render_mode
         self.steps = 0.0  # of this environment, over all its episodes
@@ -81,8 +80,8 @@ class Hockey:
         return dict(self.views)
 
     def reset(self, seed: int | None = None, options: dict[str, Any] | None = None):
-        """Returns (observations, infos). options["steps"]: how many steps have been made so far.
-        Who starts is drawn if there is a seed, and alternates from then on."""
+        """Returns (observations, infos). options["steps"]: steps made so far. Who starts is drawn
+        if there is a seed, and alternates from then on."""
         if seed is not None:
             self.rng = np.random.default_rng(seed)
             self.first_starts = bool(self.rng.integers(2))
@@ -90,36 +89,43 @@ class Hockey:
         # The package forgets to take the puck from who held it when the last episode ended, and
         # draws a new seed from the operating system unless it is given one.
         self.game.player1_has_puck = self.game.player2_has_puck = 0
-        own_seed = int(self.rng.integers(2**31))
-        first, _ = self.game.reset(one_starting=self.first_starts, seed=own_seed)
+        first, _ = self.game.reset(self.first_starts, seed=int(self.rng.integers(2**31)))
         self.first_starts = not self.first_starts
         self.agents = list(self.possible_agents)
+        self.scripted = {}
         self.players: dict[tuple[str, str], Any] = {}
         return self.observe(first), {agent: {} for agent in self.agents}
 
     def step(self, actions: dict[str, np.ndarray]):
         """Returns (observations, rewards, terminations, truncations, infos), each by agent."""
-        joint = np.concatenate([actions[agent] for agent in self.possible_agents])
-        first, _, over, _, info = self.game.step(joint)
         weight = max(0.0, 1 - self.steps / self.shaping_steps) if self.shaping_steps else 0.0
         self.steps += 1
-        rewards = {}
-        for agent, own in zip(self.possible_agents, (info, self.game.get_info_agent_two())):
-            victory = 10 * own["winner"] if over else 0  # winner: 1 oneself, −1 the other, 0 none
-            rewards[agent] = float(victory + weight * own["reward_closeness_to_puck"])
+        rewards = dict.fromkeys(self.possible_agents, 0.0)
+        for frame in range(self.repeat):
+            if frame:
+                actions = actions | {name: self.play(name, x) for name, x in self.scripted.items()}
+            joint = np.concatenate([actions[agent] for agent in self.possible_agents])
+            first, _, over, _, info = self.game.step(joint)
+            obs = self.observe(first)
+            for agent, own in zip(self.possible_agents, (info, self.game.get_info_agent_two())):
+                victory = 10 * own["winner"] if over else 0  # 1 oneself, −1 the other, 0 nobody
+                rewards[agent] += float(victory + weight * own["reward_closeness_to_puck"])
+            if over:
+                break
+        self.scripted = {}
         if over:
             self.agents = []
         goal = bool(over and info["winner"])
-        terminations = {agent: goal for agent in self.possible_agents}
-        truncations = {agent: bool(over) and not goal for agent in self.possible_agents}
-        infos = {agent: {} for agent in self.possible_agents}
-        return self.observe(first), rewards, terminations, truncations, infos
+        terminations = dict.fromkeys(self.possible_agents, goal)
+        truncations = dict.fromkeys(self.possible_agents, bool(over) and not goal)
+        return obs, rewards, terminations, truncations, {name: {} for name in self.possible_agents}
 
     def play(self, agent: str, script: str) -> np.ndarray:
         """The action that `script` takes now for `agent`. Raises KeyError for unknown names."""
         weak = {"weak": True, "strong": False}[script]
-        # The package draws from NumPy's global generator, which all environments of a process share
-        # and forked processes repeat. For this call that is the environment's own generator.
+        self.scripted[agent] = script
+        # All environments of a process share NumPy's global generator, from which the package
+        # draws, and forked processes repeat it. For this call it is the environment's own.
         shared = np.random.get_bit_generator()
         np.random.set_bit_generator(self.rng.bit_generator)
         try:

@@ -96,6 +96,22 @@ def test_hockey_pays_the_winner_truncates_draws_and_shows_each_player_its_own_si
     assert env.render().dtype == np.uint8
 
 
+def test_in_hockey_a_held_action_meets_scripts_that_act_at_every_frame(stand_ins):
+    env = make("hockey", repeat=2, shaping_steps=10)
+    env.reset(seed=0, options={"steps": 0})
+    own, frames, seen = np.full(4, 0.5), [], env.game.step
+    env.game.step = lambda joint: frames.append(joint) or seen(joint)
+    rewards = env.step({"player_0": own, "player_1": env.play("player_1", "weak")})[1]
+    assert list(rewards.values()) == [-0.5, -1] and env.agents  # two frames of shaping
+    obs, rewards, terminated, _, _ = env.step({"player_0": own, "player_1": own})
+    assert list(rewards.values()) == [0.9 * -0.25 + 10, 0.9 * -0.5 - 10]  # the game's third ends it
+    assert all(terminated.values()) and len(frames) == 3
+    np.testing.assert_allclose([frame[:4] for frame in frames], [own] * 3)
+    puck = env.game.puck  # which a script sees move, and who plays by itself does not use
+    script = [frame[4] for frame in frames]
+    np.testing.assert_allclose(script, [-puck / 10, -(puck + 1) / 10, 0.5], atol=1e-6)
+
+
 @pytest.mark.parametrize("keep_mode,size", [(True, 18), (False, 16)])
 def test_in_hockey_who_starts_is_drawn_and_alternates_from_then_on(packages, keep_mode, size):
     env, first = make("hockey", packages, keep_mode=keep_mode), set()
