@@ -2199,7 +2199,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         shaping_steps=250_000, eval_episodes=8),
     "games.hockey": GENTLE | dict(
         total_timesteps=1_000_000, batch_length=32, gamma=0.99, partners="pool",
-        pool_weighting="hard", pool_every=20_000, shaping_steps=500_000, eval_episodes=20),
+        pool_weighting="hard", pool_every=20_000, shaping_steps=500_000, eval_episodes=20,
+        rec_scale=30.0,  # a collision is a matter of centimetres
+        ent_coef=3e-4),
     "games.foraging": GENTLE | dict(
         total_timesteps=200_000, batch_length=25, gamma=0.98, eval_episodes=50),
     "": dict(num_envs=4, train_ratio=128, total_timesteps=500_000),

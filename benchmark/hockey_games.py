@@ -76,6 +76,7 @@ def draw(options: argparse.Namespace) -> None:
             axes.fill_between(steps, share - error, share + error, color=color, alpha=0.2, linewidth=0)
         label = "steps of the earlier one" if title.startswith("the") else "environment steps"
         axes.set(title=title, xlabel=label, ylim=(0, 1))
+        axes.locator_params(axis="x", nbins=4)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("share of games, ± standard error")
     panels[0].legend(frameon=False)
