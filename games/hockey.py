@@ -9,8 +9,8 @@ comes towards its goal in its own half and it is far from the puck: at worst abo
 
 Scripts: "weak" and "strong", the two strengths of the package's BasicOpponent. The protocol is that
 of games/__init__.py. BasicOpponent draws from NumPy's global generator; while it plays, that is the
-generator of `reset(seed)`. Measured: in 300,000 steps it
-did not learn to win more than it loses; repeat=4 came closer in 75,000 (benchmark/README.md).
+generator of `reset(seed)`. Measured: in 300,000 steps it did not learn to win more than it
+loses; repeat=4 came closer in 75,000 (benchmark/README.md).
 """
 import importlib
 from typing import Any
