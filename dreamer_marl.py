@@ -111,8 +111,8 @@ class Args:
     exp_name: str = "dreamer"  # name of the experiment, part of the run's name
     seed: int = 1  # seed of everything random, see `derive_seeds`
     cuda: bool = True  # use a GPU if there is one
-    # number format of updates; auto: bfloat16 on CUDA and, for models larger than 1m, on a CPU with
-    # instructions for it; else float32
+    # number format of updates; auto: bfloat16 on CUDA and, for images and for models larger than
+    # 1m, on a CPU with instructions for it; else float32
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     threads: int = 0  # CPU threads of PyTorch; 0: half of the cores
     # fuse operations with torch.compile, which takes minutes on a CPU; by default where it pays
@@ -1321,8 +1321,9 @@ class Dreamer(nn.Module):
         if precision == "auto":
             cpu = torch.cpu.get_capabilities()
             fast = cpu.get("avx512_bf16") or cpu.get("amx_bf16")  # elsewhere it is emulated, slowly
-            fast = fast and self.wm.size.deter > 512  # small products do not repay the casts
-            precision = "bfloat16" if self.device.type == "cuda" or fast else "float32"
+            large = self.wm.size.deter > 512 or self.wm.encoder.images  # small ones do not repay it
+            gpu = self.device.type == "cuda"
+            precision = "bfloat16" if gpu or fast and large else "float32"
         if precision == "float32":
             return {}
         norms = {f"{name}.weight" for name, x in self.named_modules() if isinstance(x, RMSNorm)}

@@ -1211,6 +1211,8 @@ def test_by_default_a_cpu_uses_bfloat16_for_large_models_and_if_it_has_instructi
         script, instructions, size, expected, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
     assert bool(script.make_agent(precision="auto", size=size).cast()) == expected
+    images = make_agent(Box(0, 255, (48, 48, 3), np.uint8), precision="auto", size=size)
+    assert bool(images.cast()) == any(instructions.values())
 
 def test_updates_in_bfloat16_use_the_scales_of_norms_in_float32(script):
     agent, seen = script.make_agent(precision="bfloat16"), {}
