@@ -1350,17 +1350,20 @@ class Dreamer(nn.Module):
         x = torch.as_tensor(x)
         return x if self.device.type == "cpu" else x.pin_memory().to(self.device, non_blocking=True)
 
+    @functools.cached_property
+    def in_bfloat16(self) -> bool:
+        """Are updates in bfloat16?"""
+        if self.args.precision != "auto" or self.device.type == "cuda":
+            return self.args.precision != "float32"
+        cpu = torch.cpu.get_capabilities()
+        fast = cpu.get("avx512_bf16") or cpu.get("amx_bf16")  # elsewhere it is emulated, slowly
+        large = self.wm.size.deter > 512 or self.wm.encoder.images  # small ones do not repay it
+        return bool(fast and large)
+
     def cast(self) -> Tensors:
         """Weights in bfloat16 where updates use it; gradients reach the float32 originals. The
         scales of norms stay float32, as in the reference."""
-        precision = self.args.precision
-        if precision == "auto":
-            cpu = torch.cpu.get_capabilities()
-            fast = cpu.get("avx512_bf16") or cpu.get("amx_bf16")  # elsewhere it is emulated, slowly
-            large = self.wm.size.deter > 512 or self.wm.encoder.images  # small ones do not repay it
-            gpu = self.device.type == "cuda"
-            precision = "bfloat16" if gpu or fast and large else "float32"
-        if precision == "float32":
+        if not self.in_bfloat16:
             return {}
         norms = {f"{name}.weight" for name, x in self.named_modules() if isinstance(x, RMSNorm)}
         return {k: p.to(torch.bfloat16) for k, p in self.named_parameters() if k not in norms}

@@ -70,8 +70,9 @@ def draw(options: argparse.Namespace) -> None:
     for axes, (title, points) in zip(panels, groups.items()):
         steps = [int(x) for x, _ in points]
         for name, color in (("wins", "C2"), ("defeats", "C3"), ("draws", "C7")):
-            share = np.array([int(r[name]) / int(r["games"]) for _, r in points])
-            error = np.sqrt(share * (1 - share) / int(rows[0]["games"]))
+            games = np.array([int(r["games"]) for _, r in points])
+            share = np.array([int(r[name]) for _, r in points]) / games
+            error = np.sqrt(share * (1 - share) / games)
             axes.plot(steps, share, ".-", label=name, color=color)
             axes.fill_between(steps, share - error, share + error, color=color, alpha=0.2, linewidth=0)
         label = "steps of the earlier one" if title.startswith("the") else "environment steps"
