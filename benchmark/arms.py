@@ -18,6 +18,7 @@ for folder in sys.argv[1:]:
         continue
     args, tom = s["args"], s["eval_tom"]
     arm = args["teammate_model"] + "+stop-grad" * args["tom_stop_grad"] + "+oracle" * args["oracle"]
+    arm += "+bfloat16" * (args["precision"] == "bfloat16")
     q = json.loads(args["env_kwargs"]).get("q", 0.0)
     rows.append([args["env_id"], arm, q, args["partners"], args["seed"], s["global_step"], s["updates"],
                  round(s["seconds"]), len(s["eval_returns"]),
