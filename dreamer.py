@@ -1567,7 +1567,7 @@ class AsyncVectorEnv(gym.vector.AsyncVectorEnv):
             late = [i for i, (process, pipe) in enumerate(pairs) if not pipe.poll()]
             for i in late if hasattr(signal, "SIGUSR1") else ():
                 os.kill(self.processes[i].pid, signal.SIGUSR1)
-            time.sleep(1)  # for what they print
+                time.sleep(0.5)  # two that print at once would mix their lines
             raise InputError(f"environments {late} did not answer for {self.timeout:g} s (where "
                              "they are stands above): mend them, or raise --env-timeout") from None
         except (EOFError, ConnectionError):

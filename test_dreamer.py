@@ -3372,6 +3372,8 @@ def train_on_a_share(rank, ranks, folder):
         action = torch.rand(8, 8, 5, 1, generator=rng)[share].flatten(0, 1)
         agent.learn(data, {"posterior": posterior, "prior": prior, "action": action})
     torch.save({**weights(agent), "range": agent.retnorm.range}, f"{folder}/{ranks}.{rank}.pt")
+    if ranks > 1:  # a thread of gloo that outlives the interpreter can abort the process
+        torch.distributed.destroy_process_group()
 
 @beside
 def test_two_processes_learn_what_one_learns_from_both_their_batches_and_stay_identical(tmp_path):
