@@ -2336,6 +2336,25 @@ def test_a_file_that_cannot_be_read_is_an_input_error(folder):
     with pytest.raises(D.InputError, match="another script.*no_such_flag"):
         D.parse_args(["--evaluate", "damaged"])
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_damaged_byte_of_a_file_is_found_wherever_it_is(script, folder):
+    draws = torch.Generator().manual_seed(1)
+    content = {"data": {"image": [torch.randint(256, (9, 5), dtype=torch.uint8, generator=draws)],
+                        "stoch": torch.rand(3, 4, generator=draws).bfloat16()},
+               "count": 7, "online": [(0, 3), (1, 4)], "rate": 0.1, "none": None}
+    script.module.save_file(folder / "replay.pt", content)
+    whole = (folder / "replay.pt").read_bytes()
+    found = 0
+    for place in range(0, len(whole), 13):
+        (folder / "replay.pt").write_bytes(
+            whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        try:  # repr shows all elements of tensors as small as these
+            loaded = repr(script.module.load_file(folder, "replay.pt"))
+            assert loaded == repr(content), f"byte {place} of {len(whole)}"
+        except script.module.InputError:
+            found += 1
+    assert found > 50  # others lie in padding, and in what the archive holds twice
+
 @cuda
 def test_a_run_on_the_gpu_ends_well(script, folder):
     summary = script.module.main(script.args_of(cuda=True))
