@@ -13,8 +13,10 @@ writer.writerow(["env_id", "arm", "q", "partners", "seed", "steps", "updates", "
                  "return_std", *measures])
 rows = []
 for folder in sys.argv[1:]:
-    s = json.loads((Path(folder) / "summary.json").read_text())
-    if not s["eval_returns"]:  # interrupted
+    summary = Path(folder) / "summary.json"
+    s = json.loads(summary.read_text()) if summary.is_file() else {}
+    if not s.get("eval_returns"):
+        print(f"{folder} is left out: its run has not ended", file=sys.stderr)
         continue
     args, tom = s["args"], s["eval_tom"]
     arm = args["teammate_model"] + "+stop-grad" * args["tom_stop_grad"] + "+oracle" * args["oracle"]
