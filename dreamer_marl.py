@@ -1924,7 +1924,8 @@ class Run:
             raise InputError(f"{self.dir} cannot be made ({error.strerror}): start where you may "
                              "write") from None
         self.lock_folder()
-        writer = SummaryWriter(str(self.dir))
+        # of a run that was killed, what it logged after its last checkpoint is made again
+        writer = SummaryWriter(str(self.dir), purge_step=self.step + 1)
         pair = ["diagnostics/tar", "diagnostics/real_return"]  # λ-returns of dreams, of the replay
         writer.add_custom_scalars({"returns": {"dreamed and real": ["Multiline", pair]}})
         rows = [f"|{name}|{value}|" for name, value in vars(args).items()]

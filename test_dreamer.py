@@ -2273,6 +2273,26 @@ def test_a_log_that_cannot_be_written_is_warned_of_and_begun_anew(folder, monkey
     later = max(run_of(folder).glob("events*"), key=lambda x: int(x.name.rsplit(".", 1)[1]))
     assert b"losses/dyn" in later.read_bytes()
 
+def test_what_a_killed_run_logged_after_its_checkpoint_is_hidden_by_what_is_made_again(
+        script, folder, tmp_path):
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    script.module.main(script.args_of(total_timesteps=60))
+    run = run_of(folder)
+    for name in ("agent.pt", "replay.pt"):
+        shutil.copy(run / name, tmp_path / name)
+    longer = script.args_of(total_timesteps=100, resume=str(run))
+    script.module.main(longer)
+    for name in ("agent.pt", "replay.pt"):  # as if that part had been killed before it saved
+        os.replace(tmp_path / name, run / name)
+    script.module.main(longer)
+    log = accumulators.EventAccumulator(str(run)).Reload()
+    for tag in log.Tags()["scalars"]:
+        steps = [x.step for x in log.Scalars(tag)]
+        assert steps == sorted(steps), tag
+        if tag in ("charts/SPS", "losses/dyn", "eval/episodic_return"):
+            assert len(set(steps)) == len(steps) and steps[-1] == 100, tag
+    assert [x.step for x in log.Scalars("eval/episodic_return")] == [60, 100]
+
 @pytest.mark.parametrize("at", [12, 25])  # 25 is the last
 @beside
 def test_weights_that_became_nan_never_replace_a_healthy_checkpoint(folder, at):
