@@ -117,7 +117,8 @@ def draw_map(source: str, target: str, arm: str = "merged") -> None:
     scale = np.geomspace(tom.min() / 2, tom.max() * 2)
     axes.plot(scale, 0.060 * scale + 0.023, "k--", label="predicted: above it the badge is lost")
     axes.set(xscale="log", yscale="log", xlabel="tom_scale", ylabel="rec_scale", title=f"return of {arm}")
-    axes.legend()
+    axes.margins(0.2)
+    figure.legend(loc="outside lower center")
     figure.colorbar(points, label="return: blind 2.5, ideal 7.75")
     figure.savefig(target, dpi=120)
 
