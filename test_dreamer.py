@@ -2122,9 +2122,11 @@ def test_an_interrupted_run_saves_and_can_be_resumed(script, folder):
     ("dreamer", "SIGINT"), ("dreamer", "SIGTERM"), ("dreamer", "SIGHUP"), ("dreamer", "SIGQUIT"),
     ("dreamer_marl", "SIGTERM")], indirect=["script"])
 def test_a_signal_ends_the_run_after_its_step_and_resuming_pays_the_updates_that_are_owed(
-        script, folder, monkeypatch, capsys, name):
+        script, folder, monkeypatch, capsys, request, name):
     number = getattr(signal, name)
-    before = signal.getsignal(number)
+    request.addfinalizer(lambda inherited=signal.getsignal(number): signal.signal(number, inherited))
+    before = signal.default_int_handler
+    signal.signal(number, before)  # under nohup, for example, it would be ignored
     args = script.args_of(train_ratio=6, total_timesteps=78)  # 3 updates in 8 steps of both
     whole = script.module.main(dataclasses.replace(args, save_model=False))
     agent_class = interrupted_by(script, lambda: send(number), at=7)
