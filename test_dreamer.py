@@ -2124,7 +2124,7 @@ def test_an_interrupted_run_saves_and_can_be_resumed(script, folder):
 def test_a_signal_ends_the_run_after_its_step_and_resuming_pays_the_updates_that_are_owed(
         script, folder, monkeypatch, capsys, request, name):
     number = getattr(signal, name)
-    request.addfinalizer(lambda inherited=signal.getsignal(number): signal.signal(number, inherited))
+    request.addfinalizer(lambda old=signal.getsignal(number): signal.signal(number, old))
     before = signal.default_int_handler
     signal.signal(number, before)  # under nohup, for example, it would be ignored
     args = script.args_of(train_ratio=6, total_timesteps=78)  # 3 updates in 8 steps of both
