@@ -15,6 +15,7 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import badge_model  # noqa: E402
 import dreamer  # noqa: E402
 
 SEEN, WINDOWS = 16, 64  # steps before those that count, and windows
@@ -29,16 +30,7 @@ class Options:
 
 class ModelAlone(dreamer.Dreamer):
     """An agent whose updates move the world model and nothing else."""
-
-    def forward(self, data, noise):
-        states = self.wm.observe(data, noise["posterior"])
-        losses, metrics = self.wm.losses(states, data)
-        scales = self.loss_scales()
-        means = {name: x.mean() for name, x in self.mask(losses, data).items()}
-        outputs = {"deter": states["deter"].detach(), "returns": torch.zeros(1, 1),
-                   "stoch": self.wm.rssm.pack(states["stoch"]).detach()}
-        return sum(scales[name] * x for name, x in means.items()), {
-            name: x.detach() for name, x in (means | metrics).items()}, outputs
+    forward = badge_model.ModelAlone.forward
 
 
 def load(run: str) -> tuple[ModelAlone, dreamer.ReplayBuffer]:
@@ -85,6 +77,8 @@ def main(options: Options) -> None:
                 writer.writerow(["updates", *found])
             writer.writerow([update, *(f"{x:.3f}" for x in found.values())])
             sys.stdout.flush()
+        if update == options.updates:
+            break
         _, latents = agent.update(batch := buffer.sample(agent.args.batch_size))
         buffer.write_back(batch, **latents)
 

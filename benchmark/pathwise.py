@@ -23,12 +23,13 @@ class Pathwise(dreamer.Dreamer):
 
     def judge(self, dream, action):
         args = self.args
+        discount = 1.0 if args.contdisc else args.gamma  # with contdisc, cont holds it already
         seen = {name: x.detach() for name, x in dream.items()}
         losses, target, metrics = super().judge(seen, action.detach())
         feat = dreamer.features(dream)
-        cont = self.wm.cont(feat)[..., 0].float().sigmoid() * (1.0 if args.contdisc else args.gamma)
+        cont = self.wm.cont(feat)[..., 0].float().sigmoid() * discount
         returns = dreamer.lambda_return(self.dream_reward(dream), self.critic(feat).pred(), cont, args.return_lambda)
-        weight = (cont.detach().cumprod(1) / (1.0 if args.contdisc else args.gamma))[:, :-1]
+        weight = (cont.detach().cumprod(1) / discount)[:, :-1]
         low, high = self.retnorm.range
         entropy = self.actor(dreamer.features(seen)).entropy()[:, :-1]
         losses["policy"] = (self.for_the_actor(-(weight * returns / (high - low).clamp(min=1.0)).mean())
