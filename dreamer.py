@@ -168,7 +168,7 @@ class Args:
     evaluate: str = ""  # folder of a run whose agent is played, not trained
     eval_episodes: int = 10  # episodes of an evaluation
     eval_every: int = 0  # steps between evaluations; 0: only at the end
-    stop_at: float | None = None  # end the run when one of them has this mean return (ours)
+    stop_at: float | None = None  # end the run when an evaluation has this mean return (ours)
     deterministic: bool = False  # evaluate with modes in place of samples, unlike the reference
 
     env_id: str = "CartPole-v1"  # Gymnasium id; `module:id` imports the module first
@@ -176,9 +176,9 @@ class Args:
     pixels: bool = False  # observe rendered frames
     image_size: int = 64  # side to which images are resized: a multiple of 16, 48 to 256
     num_envs: int = 16  # environments stepped together
-    # in this process, or each in one of its own, which pays above a millisecond a step
+    # environments in this process, or each in its own, which pays above a millisecond a step
     vectorization: Literal["sync", "async"] = "sync"
-    env_timeout: float = 600.0  # seconds that such a process may take to answer; 0: any number
+    env_timeout: float = 600.0  # seconds that one in its own process may take to answer; 0: any
     total_timesteps: Steps = 1_000_000  # environment steps, over all environments
 
     size: Literal["1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "12m"  # of the model
@@ -196,7 +196,7 @@ class Args:
     contdisc: bool = True  # learn the discount inside the continue prediction
     return_lambda: float = 0.95  # lambda of the returns
     ent_coef: float = 3e-4  # weight of the policy's entropy
-    anneal_ent: bool = False  # lower it linearly to zero over the run (ours)
+    anneal_ent: bool = False  # lower that weight linearly to zero over the run (ours)
     # rate at which an average of the weights follows them; evaluations play it; 0: none (ours)
     average: float = 0.0
     tau: float = 0.02  # fraction by which the slow critic follows the critic
@@ -231,7 +231,8 @@ class Args:
         if self.stop_at is None:
             del ranges["stop_at"]
         elif not self.eval_every:
-            raise InputError(f"stop_at {self.stop_at:g} is never looked at: give eval_every too")
+            raise InputError(f"stop_at {self.stop_at:g} is never looked at: give eval_every too, "
+                             "or stop_at None")
         for name, (least, most) in ranges.items():
             if not least <= getattr(self, name) <= most:  # NaN is in no range
                 raise InputError(f"{name} {getattr(self, name)}: take {least:g} to {most:g}")
@@ -551,7 +552,7 @@ class Decoder(nn.Module):
         for name, x in recon.items():
             if classes := self.specs[name].classes:
                 choices = zip(x.split(classes, -1), obs[name].long().unbind(-1))
-                losses[name] = sum(F.cross_entropy(x, i, reduction="none") for x, i in choices)
+                losses[name] = sum(F.cross_entropy(y, i, reduction="none") for y, i in choices)
             else:
                 target = obs[name] / 255 if name in self.images else symlog(obs[name])
                 losses[name] = (x - target).square().flatten(1).sum(1)
@@ -873,8 +874,8 @@ class ReplayBuffer:
         ours = {name: (len(x), *x[0].shape[1:]) for name, x in self.data.items()}
         saved = {name: (len(x), *x[0].shape[1:]) for name, x in state["data"].items()}
         if ours != saved:
-            raise InputError("the saved replay has another layout: keep its env_id, size and "
-                             "num_envs")
+            raise InputError("the saved replay has another layout: keep what shapes it, as env_id, "
+                             "size and num_envs do")
         kept = min(state["count"], state["rows"], self.rows)
         earlier = 0 if state["rows"] == self.rows else state["count"] - kept  # steps given up
         steps = torch.arange(state["count"] - kept, state["count"])
@@ -1210,7 +1211,8 @@ class Dreamer(nn.Module):
             (loss / len(parts)).backward()
             results.append((metrics, outputs))
         self.retnorm.train()
-        metrics = {name: torch.stack([m[name] for m, _ in results]).mean(0) for name in metrics}
+        names = results[0][0]
+        metrics = {name: torch.stack([m[name] for m, _ in results]).mean(0) for name in names}
         latents = {name: torch.cat([x[name] for _, x in results]) for name in ("deter", "stoch")}
         return metrics, latents
 
@@ -1309,7 +1311,7 @@ class Dreamer(nn.Module):
     def evaluating(self):
         """Within it the agent is in eval mode, and has the average of its weights if args.average
         keeps one."""
-        own = [p.detach().clone() for p in self.learned]
+        own = [p.detach().clone() for p in self.learned] if self.averages else []
         training = self.training
         self.eval()
         with torch.no_grad():
@@ -1332,7 +1334,7 @@ class Dreamer(nn.Module):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.args.average:  # else the learned weights are played
-            self.averages = [x.to(self.device) for x in state["averages"]]
+            self.averages = [x.to(self.device, copy=True) for x in state["averages"]]
         for name in ("act_rng", "learn_rng"):
             rng = getattr(self, name)
             saved_rng = state[name].cpu()
@@ -1408,7 +1410,7 @@ class Captured:
     """A function of trees of tensors, recorded as a CUDA graph: one launch in place of thousands.
     For each new shape two calls warm up, and the third records; so it is for each value of
     `mode()`, which tells apart what a recording fixes. A result lasts until the next call."""
-    def __init__(self, function: Callable, mode: Callable[[], Any] = bool):
+    def __init__(self, function: Callable, mode: Callable[[], Any] = lambda: None):
         self.function = function
         self.mode = mode
         self.graphs = {}
@@ -1500,8 +1502,9 @@ def make_env(args: Args, idx: int, capture_video: bool, run_name: str, seed: int
     if atari := name.startswith("ALE/"):  # no sticky actions, and the game's own actions alone
         kwargs = dict(frameskip=1, repeat_action_probability=0.0, full_action_space=False) | kwargs
     if name.startswith("dm_control/") and args.pixels:
-        kwargs["render_kwargs"] = dict(height=args.image_size, width=args.image_size,
-                                       camera_id=2 if "quadruped" in name else 0)
+        frame = dict(height=args.image_size, width=args.image_size,
+                     camera_id=2 if "quadruped" in name else 0)
+        kwargs["render_kwargs"] = frame | kwargs.get("render_kwargs", {})
 
     def thunk() -> gym.Env:
         random.seed(seed)  # some environments draw from the global generators, whose state
@@ -1510,14 +1513,14 @@ def make_env(args: Args, idx: int, capture_video: bool, run_name: str, seed: int
             if module and name not in gym.registry:  # MinAtar's asks for a call, the others do not
                 getattr(importlib.import_module(module), "register_envs", lambda: None)()
             env = gym.make(args.env_id, **kwargs)
-            if record:
-                env = gym.wrappers.RecordVideo(env, f"videos/{run_name}", disable_logger=True)
-            if args.pixels:
-                env.reset()  # some environments render only after a reset
+            if args.pixels:  # before videos: it resets, and that would be an episode
                 env = gym.wrappers.AddRenderObservation(env, render_only=True)
             elif module == "minigrid":  # coloured tiles in place of object codes
                 wrappers = importlib.import_module("minigrid.wrappers")
                 env = wrappers.RGBImgPartialObsWrapper(env, tile_size=8)
+            if record:
+                env = gym.wrappers.RecordVideo(env, f"videos/{run_name}", disable_logger=True,
+                                               name_prefix=f"{time.time():.0f}")
             if atari:  # an action lasts four frames; the brighter of the last two is seen
                 env = gym.wrappers.AtariPreprocessing(
                     RandomNoops(env), noop_max=0, screen_size=args.image_size, grayscale_obs=False)
@@ -1639,8 +1642,9 @@ def classes_of(space: gym.Space) -> tuple[int, ...]:
 class ObservationCodec:
     """Turns batches of observations into dicts of arrays (B, *spec.shape). Images have more than 4
     pixels a side: boxes H×W, H×W×C or C×H×W of uint8 or bool, and H×W×C or C×H×W of floats in
-    [0, 1] or [0, 255]. They are resized. All other boxes are vectors. Raises InputError for spaces
-    that cannot be used, and for numbers that are not finite."""
+    [0, 1] or [0, 255]. They are resized, and what leaves its range is clipped. All other boxes are
+    vectors. Raises InputError for spaces that cannot be used, and for numbers that are not
+    finite."""
     remedy = ("provide non-empty Box, Discrete, MultiDiscrete or MultiBinary entries of finite "
               "numbers, for example with gymnasium.wrappers.TransformObservation")
 
@@ -1660,12 +1664,16 @@ class ObservationCodec:
         pixels = space.dtype in (np.uint8, np.bool_) or (
             len(space.shape) == 3 and space.low.min() == 0 and space.high.max() in (1, 255))
         if len(shape) == 3 and pixels and sorted(shape)[1] > 4:
-            channels = min(shape[0], shape[2])  # they come first or last
+            channels = shape[0] if self.channels_first(shape) else shape[2]
             return ObsSpec("image", (self.image_size, self.image_size, channels), channels)
         if (n := math.prod(space.shape)) > 4096:
             warnings.warn(f"observation {name!r} {space.shape} of {space.dtype} is taken for a "
                           "vector; an image would be uint8, height × width × channels")
         return ObsSpec("vector", (n,), n)
+
+    @staticmethod
+    def channels_first(shape: tuple[int, ...]) -> bool:
+        return shape[0] < shape[2] and shape[0] != shape[1]  # a square board may have many channels
 
     def __call__(self, obs: Any) -> dict[str, np.ndarray]:
         found = leaves(obs, "obs")
@@ -1673,30 +1681,30 @@ class ObservationCodec:
         for name, spec in self.specs.items():
             x = np.asarray(found[name])
             space = self.spaces[name]
+            if x.dtype.kind == "f" and not np.isfinite(x := x.astype(np.float32)).all():
+                bad = x[~np.isfinite(x)][0]
+                raise InputError(f"observation {name!r} holds {bad}: {self.remedy}")
             if spec.kind == "image":
-                if x.ndim == 4 and x.shape[1] < x.shape[3]:
+                if x.ndim == 4 and self.channels_first(x.shape[1:]):
                     x = x.transpose(0, 2, 3, 1)
                 out[name] = self.resize(x.reshape(*x.shape[:3], -1), spec, space)
             elif spec.kind == "discrete":
                 start = np.ravel(getattr(space, "start", 0))
                 out[name] = x.reshape(len(x), -1).astype(np.int64) - start
             else:
-                out[name] = x = x.reshape(len(x), -1).astype(np.float32)
-                if not np.isfinite(x).all():
-                    bad = x[~np.isfinite(x)][0]
-                    raise InputError(f"observation {name!r} holds {bad}: {self.remedy}")
+                out[name] = x.reshape(len(x), -1).astype(np.float32, copy=False)
         return out
 
     def resize(self, x: np.ndarray, spec: ObsSpec, space: gym.spaces.Box) -> np.ndarray:
         low = float(space.low.min())
         high = float(space.high.max())
-        if x.shape[1:] == spec.shape and (low, high) == (0.0, 255.0):
+        if x.shape[1:] == spec.shape and x.dtype == np.uint8 and (low, high) == (0.0, 255.0):
             return x
         pixels = torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2).float()
-        pixels = (pixels - low) * (255 / (high - low))
+        pixels = (pixels - low) * (255 / max(high - low, 1e-6))
         enlarge = max(x.shape[1:3]) <= self.image_size
         pixels = F.interpolate(pixels, spec.shape[:2], mode="nearest" if enlarge else "area")
-        return pixels.round().byte().permute(0, 2, 3, 1).numpy()
+        return pixels.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
 
 class ActionCodec:
     """Turns the networks' flat actions (one-hots and raw Gaussian samples) into those of a space.
@@ -1745,7 +1753,8 @@ class ActionCodec:
 
 @contextlib.contextmanager
 def preserve_randomness(*generators: torch.Generator):
-    """Puts all generators back where they were: looking at a run does not change it."""
+    """Puts Python's, NumPy's and the given generators back where they were: looking at a run does
+    not change it."""
     states = [rng.get_state() for rng in generators]
     numpy_state = np.random.get_state()
     python_state = random.getstate()
@@ -1995,7 +2004,7 @@ class Run:
             raise InputError(f"{self.dir} was run by {before} processes, not by {self.ranks}: "
                              f"resume it with torchrun --nproc-per-node {before}")
         self.step = self.counters["global_step"]
-        self.updates = self.counters["updates"]
+        self.updates = self.above_floor = self.counters["updates"]
         self.updates_owed = self.counters["updates_owed"]
         self.solved = self.counters["solved"] == (args.stop_at, args.total_timesteps)
         if self.finished:
@@ -2003,13 +2012,14 @@ class Run:
             raise InputError(f"{self.dir} has {done}: raise --total-timesteps, or play it with "
                              "--evaluate")
         if args.anneal_lr and self.annealed >= 1:
-            warnings.warn("the step size was annealed to zero: add --no-anneal-lr to learn on")
+            warnings.warn("the step size was annealed to zero: add --no-anneal-lr to learn on, and "
+                          "--no-anneal-ent if the entropy's weight was")
         self.buffer = self.make_buffer(envs.num_envs)
         if args.resume:
             self.load_replay()
-        rows = self.buffer.num_envs  # that a step of all environments adds
-        self.enough = max(args.batch_size * args.batch_length, rows * self.buffer.window)
-        first = math.ceil(self.enough / rows) * envs.num_envs * self.ranks
+        streams = self.buffer.num_envs
+        self.enough = max(args.batch_size * args.batch_length, streams * self.buffer.window)
+        first = math.ceil(self.enough / streams) * envs.num_envs * self.ranks
         if args.total_timesteps < first:
             warnings.warn(f"nothing will be learned: the first update needs {first:,} steps in the "
                           f"replay, and total_timesteps are {args.total_timesteps:,}")
@@ -2069,13 +2079,15 @@ class Run:
         writer.add_text("hyperparameters", "\n".join(["|param|value|", "|-|-|", *rows]))
         for name, value in vars(args).items():
             before = self.saved_args.get(name, value)
-            changed = before != value and name != "resume"
+            changed = before != value and name not in ("resume", "run_dir")
             print(f"{name} = {value}" + (f"  (it was {before})" if changed else ""))
         for name, spec in self.agent.observations.specs.items():
             print(f"observation {name}: {spec.kind} {spec.shape}")
         steps = buffer.num_envs * buffer.rows
+        number_format = "bfloat16" if self.agent.in_bfloat16 else "float32"
         print(f"{self.dir}: {sum(p.numel() for p in self.agent.learned):,} parameters on "
-              f"{self.ranks} × {self.agent.device}; replay of {steps:,} steps on {buffer.device}, "
+              f"{self.ranks} × {self.agent.device}, updates in {number_format}; replay of "
+              f"{steps:,} steps on {buffer.device}, "
               f"{steps * buffer.bytes_per_step / 2**30:.2f} GiB when full")
         return writer
 
@@ -2188,7 +2200,7 @@ class Run:
                               "charts/replay_size": steps,
                               "charts/replay_bytes": steps * self.buffer.bytes_per_step})
         self.bar.set_postfix(updates_s=f"{speed:.1f}", returns=np.round(self.episodes[-3:], 1))
-        if not self.announced:
+        if not self.announced and not self.finished and self.rank == 0:
             self.announced = True
             batch_steps = self.args.batch_size * self.args.batch_length * self.ranks
             left = (self.args.total_timesteps - self.step) * self.args.train_ratio / batch_steps
@@ -2197,7 +2209,7 @@ class Run:
         floor = self.args.free_nats * self.agent.wm.rssm.kl_groups
         if values["losses/dyn"] > 1.00001 * floor:
             self.above_floor = self.updates
-        elif self.updates >= self.above_floor + 1000:
+        elif self.updates >= self.above_floor + 1000 and self.rank == 0:
             self.bar.write(f"warning: the KL was at its {floor:g} free nats for "
                            f"{self.updates - self.above_floor:,} updates, so latents say next to "
                            "nothing: raise --rec-scale, or lower --free-nats")
@@ -2247,8 +2259,9 @@ class Run:
         """Counters of the whole run, and the speeds of this part of it."""
         seconds = time.time() - self.start
         before = self.counters
+        annealing = self.args.anneal_lr or self.args.anneal_ent
         return {"global_step": self.step, "updates": self.updates, "ranks": self.ranks,
-                "updates_owed": self.updates_owed, "annealed": self.annealed,
+                "updates_owed": self.updates_owed, "annealed": self.annealed if annealing else 0.0,
                 "solved": (self.args.stop_at, self.args.total_timesteps) if self.solved else None,
                 "seconds": before["seconds"] + seconds,
                 "sps": (self.step - before["global_step"]) / seconds,
@@ -2288,16 +2301,22 @@ class Run:
         self.bar.close()
         if self.args.save_model:
             self.save()
-        with contextlib.suppress(KeyboardInterrupt):  # the summary is written anyway
+        failure = None
+        try:
             self.envs.close(terminate=interrupted)
             if not interrupted and self.signal is None:
                 self.evaluate()
+        except KeyboardInterrupt:  # the summary is written anyway
+            pass
+        except InputError as problem:
+            failure = problem
         self.saving = True
         gpu = self.agent.device.type == "cuda"
         self.summary = progress | self.eval_results() | {
             "interrupted": interrupted, "signal": self.signal,
             "train_returns": self.episodes[-20:], "args": vars(self.args),
             "device": torch.cuda.get_device_name() if gpu else "cpu",
+            "in_bfloat16": self.agent.in_bfloat16,
             "versions": {x.__name__: x.__version__ for x in (torch, np, gym)}}
         if self.writer:
             try:
@@ -2313,6 +2332,8 @@ class Run:
             os.close(self.lock)
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        if failure:
+            raise failure
         # an interrupted run ends well, even if the signal ended an environment too
         return kind is KeyboardInterrupt or (self.signal is not None and kind is InputError)
 

@@ -132,7 +132,7 @@ class Args:
     evaluate: str = ""  # folder of a run whose agent is played, not trained
     eval_episodes: int = 10  # episodes of an evaluation
     eval_every: int = 0  # steps between evaluations; 0: only at the end
-    stop_at: float | None = None  # end the run when one of them has this mean return (ours)
+    stop_at: float | None = None  # end the run when an evaluation has this mean return (ours)
     deterministic: bool = False  # evaluate with modes in place of samples, unlike the reference
 
     env_id: str = "CartPole-v1"  # Gymnasium id; `module:id` imports the module first
@@ -140,9 +140,9 @@ class Args:
     pixels: bool = False  # observe rendered frames
     image_size: int = 64  # side to which images are resized: a multiple of 16, 48 to 256
     num_envs: int = 16  # environments stepped together
-    # in this process, or each in one of its own, which pays above a millisecond a step
+    # environments in this process, or each in its own, which pays above a millisecond a step
     vectorization: Literal["sync", "async"] = "sync"
-    env_timeout: float = 600.0  # seconds that such a process may take to answer; 0: any number
+    env_timeout: float = 600.0  # seconds that one in its own process may take to answer; 0: any
     total_timesteps: Steps = 1_000_000  # environment steps, over all environments
 
     size: Literal["1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "12m"  # of the model
@@ -160,7 +160,7 @@ class Args:
     contdisc: bool = True  # learn the discount inside the continue prediction
     return_lambda: float = 0.95  # lambda of the returns
     ent_coef: float = 3e-4  # weight of the policy's entropy
-    anneal_ent: bool = False  # lower it linearly to zero over the run (ours)
+    anneal_ent: bool = False  # lower that weight linearly to zero over the run (ours)
     # rate at which an average of the weights follows them; evaluations play it; 0: none (ours)
     average: float = 0.0
     tau: float = 0.02  # fraction by which the slow critic follows the critic
@@ -195,7 +195,8 @@ class Args:
         if self.stop_at is None:
             del ranges["stop_at"]
         elif not self.eval_every:
-            raise InputError(f"stop_at {self.stop_at:g} is never looked at: give eval_every too")
+            raise InputError(f"stop_at {self.stop_at:g} is never looked at: give eval_every too, "
+                             "or stop_at None")
         for name, (least, most) in ranges.items():
             if not least <= getattr(self, name) <= most:  # NaN is in no range
                 raise InputError(f"{name} {getattr(self, name)}: take {least:g} to {most:g}")
@@ -515,7 +516,7 @@ class Decoder(nn.Module):
         for name, x in recon.items():
             if classes := self.specs[name].classes:
                 choices = zip(x.split(classes, -1), obs[name].long().unbind(-1))
-                losses[name] = sum(F.cross_entropy(x, i, reduction="none") for x, i in choices)
+                losses[name] = sum(F.cross_entropy(y, i, reduction="none") for y, i in choices)
             else:
                 target = obs[name] / 255 if name in self.images else symlog(obs[name])
                 losses[name] = (x - target).square().flatten(1).sum(1)
@@ -837,8 +838,8 @@ class ReplayBuffer:
         ours = {name: (len(x), *x[0].shape[1:]) for name, x in self.data.items()}
         saved = {name: (len(x), *x[0].shape[1:]) for name, x in state["data"].items()}
         if ours != saved:
-            raise InputError("the saved replay has another layout: keep its env_id, size and "
-                             "num_envs")
+            raise InputError("the saved replay has another layout: keep what shapes it, as env_id, "
+                             "size and num_envs do")
         kept = min(state["count"], state["rows"], self.rows)
         earlier = 0 if state["rows"] == self.rows else state["count"] - kept  # steps given up
         steps = torch.arange(state["count"] - kept, state["count"])
@@ -1174,7 +1175,8 @@ class Dreamer(nn.Module):
             (loss / len(parts)).backward()
             results.append((metrics, outputs))
         self.retnorm.train()
-        metrics = {name: torch.stack([m[name] for m, _ in results]).mean(0) for name in metrics}
+        names = results[0][0]
+        metrics = {name: torch.stack([m[name] for m, _ in results]).mean(0) for name in names}
         latents = {name: torch.cat([x[name] for _, x in results]) for name in ("deter", "stoch")}
         return metrics, latents
 
@@ -1273,7 +1275,7 @@ class Dreamer(nn.Module):
     def evaluating(self):
         """Within it the agent is in eval mode, and has the average of its weights if args.average
         keeps one."""
-        own = [p.detach().clone() for p in self.learned]
+        own = [p.detach().clone() for p in self.learned] if self.averages else []
         training = self.training
         self.eval()
         with torch.no_grad():
@@ -1296,7 +1298,7 @@ class Dreamer(nn.Module):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.args.average:  # else the learned weights are played
-            self.averages = [x.to(self.device) for x in state["averages"]]
+            self.averages = [x.to(self.device, copy=True) for x in state["averages"]]
         for name in ("act_rng", "learn_rng"):
             rng = getattr(self, name)
             saved_rng = state[name].cpu()
@@ -1372,7 +1374,7 @@ class Captured:
     """A function of trees of tensors, recorded as a CUDA graph: one launch in place of thousands.
     For each new shape two calls warm up, and the third records; so it is for each value of
     `mode()`, which tells apart what a recording fixes. A result lasts until the next call."""
-    def __init__(self, function: Callable, mode: Callable[[], Any] = bool):
+    def __init__(self, function: Callable, mode: Callable[[], Any] = lambda: None):
         self.function = function
         self.mode = mode
         self.graphs = {}
@@ -1535,8 +1537,9 @@ def classes_of(space: gym.Space) -> tuple[int, ...]:
 class ObservationCodec:
     """Turns batches of observations into dicts of arrays (B, *spec.shape). Images have more than 4
     pixels a side: boxes H×W, H×W×C or C×H×W of uint8 or bool, and H×W×C or C×H×W of floats in
-    [0, 1] or [0, 255]. They are resized. All other boxes are vectors. Raises InputError for spaces
-    that cannot be used, and for numbers that are not finite."""
+    [0, 1] or [0, 255]. They are resized, and what leaves its range is clipped. All other boxes are
+    vectors. Raises InputError for spaces that cannot be used, and for numbers that are not
+    finite."""
     remedy = ("provide non-empty Box, Discrete, MultiDiscrete or MultiBinary entries of finite "
               "numbers, for example with gymnasium.wrappers.TransformObservation")
 
@@ -1556,12 +1559,16 @@ class ObservationCodec:
         pixels = space.dtype in (np.uint8, np.bool_) or (
             len(space.shape) == 3 and space.low.min() == 0 and space.high.max() in (1, 255))
         if len(shape) == 3 and pixels and sorted(shape)[1] > 4:
-            channels = min(shape[0], shape[2])  # they come first or last
+            channels = shape[0] if self.channels_first(shape) else shape[2]
             return ObsSpec("image", (self.image_size, self.image_size, channels), channels)
         if (n := math.prod(space.shape)) > 4096:
             warnings.warn(f"observation {name!r} {space.shape} of {space.dtype} is taken for a "
                           "vector; an image would be uint8, height × width × channels")
         return ObsSpec("vector", (n,), n)
+
+    @staticmethod
+    def channels_first(shape: tuple[int, ...]) -> bool:
+        return shape[0] < shape[2] and shape[0] != shape[1]  # a square board may have many channels
 
     def __call__(self, obs: Any) -> dict[str, np.ndarray]:
         found = leaves(obs, "obs")
@@ -1569,30 +1576,30 @@ class ObservationCodec:
         for name, spec in self.specs.items():
             x = np.asarray(found[name])
             space = self.spaces[name]
+            if x.dtype.kind == "f" and not np.isfinite(x := x.astype(np.float32)).all():
+                bad = x[~np.isfinite(x)][0]
+                raise InputError(f"observation {name!r} holds {bad}: {self.remedy}")
             if spec.kind == "image":
-                if x.ndim == 4 and x.shape[1] < x.shape[3]:
+                if x.ndim == 4 and self.channels_first(x.shape[1:]):
                     x = x.transpose(0, 2, 3, 1)
                 out[name] = self.resize(x.reshape(*x.shape[:3], -1), spec, space)
             elif spec.kind == "discrete":
                 start = np.ravel(getattr(space, "start", 0))
                 out[name] = x.reshape(len(x), -1).astype(np.int64) - start
             else:
-                out[name] = x = x.reshape(len(x), -1).astype(np.float32)
-                if not np.isfinite(x).all():
-                    bad = x[~np.isfinite(x)][0]
-                    raise InputError(f"observation {name!r} holds {bad}: {self.remedy}")
+                out[name] = x.reshape(len(x), -1).astype(np.float32, copy=False)
         return out
 
     def resize(self, x: np.ndarray, spec: ObsSpec, space: gym.spaces.Box) -> np.ndarray:
         low = float(space.low.min())
         high = float(space.high.max())
-        if x.shape[1:] == spec.shape and (low, high) == (0.0, 255.0):
+        if x.shape[1:] == spec.shape and x.dtype == np.uint8 and (low, high) == (0.0, 255.0):
             return x
         pixels = torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2).float()
-        pixels = (pixels - low) * (255 / (high - low))
+        pixels = (pixels - low) * (255 / max(high - low, 1e-6))
         enlarge = max(x.shape[1:3]) <= self.image_size
         pixels = F.interpolate(pixels, spec.shape[:2], mode="nearest" if enlarge else "area")
-        return pixels.round().byte().permute(0, 2, 3, 1).numpy()
+        return pixels.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
 
 class ActionCodec:
     """Turns the networks' flat actions (one-hots and raw Gaussian samples) into those of a space.
@@ -1641,7 +1648,8 @@ class ActionCodec:
 
 @contextlib.contextmanager
 def preserve_randomness(*generators: torch.Generator):
-    """Puts all generators back where they were: looking at a run does not change it."""
+    """Puts Python's, NumPy's and the given generators back where they were: looking at a run does
+    not change it."""
     states = [rng.get_state() for rng in generators]
     numpy_state = np.random.get_state()
     python_state = random.getstate()
@@ -1865,7 +1873,7 @@ class Run:
             raise InputError(f"{self.dir} was run by {before} processes, not by {self.ranks}: "
                              f"resume it with torchrun --nproc-per-node {before}")
         self.step = self.counters["global_step"]
-        self.updates = self.counters["updates"]
+        self.updates = self.above_floor = self.counters["updates"]
         self.updates_owed = self.counters["updates_owed"]
         self.solved = self.counters["solved"] == (args.stop_at, args.total_timesteps)
         if self.finished:
@@ -1873,13 +1881,14 @@ class Run:
             raise InputError(f"{self.dir} has {done}: raise --total-timesteps, or play it with "
                              "--evaluate")
         if args.anneal_lr and self.annealed >= 1:
-            warnings.warn("the step size was annealed to zero: add --no-anneal-lr to learn on")
+            warnings.warn("the step size was annealed to zero: add --no-anneal-lr to learn on, and "
+                          "--no-anneal-ent if the entropy's weight was")
         self.buffer = self.make_buffer(envs.num_envs)
         if args.resume:
             self.load_replay()
-        rows = self.buffer.num_envs  # that a step of all environments adds
-        self.enough = max(args.batch_size * args.batch_length, rows * self.buffer.window)
-        first = math.ceil(self.enough / rows) * envs.num_envs * self.ranks
+        streams = self.buffer.num_envs
+        self.enough = max(args.batch_size * args.batch_length, streams * self.buffer.window)
+        first = math.ceil(self.enough / streams) * envs.num_envs * self.ranks
         if args.total_timesteps < first:
             warnings.warn(f"nothing will be learned: the first update needs {first:,} steps in the "
                           f"replay, and total_timesteps are {args.total_timesteps:,}")
@@ -1939,13 +1948,15 @@ class Run:
         writer.add_text("hyperparameters", "\n".join(["|param|value|", "|-|-|", *rows]))
         for name, value in vars(args).items():
             before = self.saved_args.get(name, value)
-            changed = before != value and name != "resume"
+            changed = before != value and name not in ("resume", "run_dir")
             print(f"{name} = {value}" + (f"  (it was {before})" if changed else ""))
         for name, spec in self.agent.observations.specs.items():
             print(f"observation {name}: {spec.kind} {spec.shape}")
         steps = buffer.num_envs * buffer.rows
+        number_format = "bfloat16" if self.agent.in_bfloat16 else "float32"
         print(f"{self.dir}: {sum(p.numel() for p in self.agent.learned):,} parameters on "
-              f"{self.ranks} × {self.agent.device}; replay of {steps:,} steps on {buffer.device}, "
+              f"{self.ranks} × {self.agent.device}, updates in {number_format}; replay of "
+              f"{steps:,} steps on {buffer.device}, "
               f"{steps * buffer.bytes_per_step / 2**30:.2f} GiB when full")
         return writer
 
@@ -2058,7 +2069,7 @@ class Run:
                               "charts/replay_size": steps,
                               "charts/replay_bytes": steps * self.buffer.bytes_per_step})
         self.bar.set_postfix(updates_s=f"{speed:.1f}", returns=np.round(self.episodes[-3:], 1))
-        if not self.announced:
+        if not self.announced and not self.finished and self.rank == 0:
             self.announced = True
             batch_steps = self.args.batch_size * self.args.batch_length * self.ranks
             left = (self.args.total_timesteps - self.step) * self.args.train_ratio / batch_steps
@@ -2067,7 +2078,7 @@ class Run:
         floor = self.args.free_nats * self.agent.wm.rssm.kl_groups
         if values["losses/dyn"] > 1.00001 * floor:
             self.above_floor = self.updates
-        elif self.updates >= self.above_floor + 1000:
+        elif self.updates >= self.above_floor + 1000 and self.rank == 0:
             self.bar.write(f"warning: the KL was at its {floor:g} free nats for "
                            f"{self.updates - self.above_floor:,} updates, so latents say next to "
                            "nothing: raise --rec-scale, or lower --free-nats")
@@ -2117,8 +2128,9 @@ class Run:
         """Counters of the whole run, and the speeds of this part of it."""
         seconds = time.time() - self.start
         before = self.counters
+        annealing = self.args.anneal_lr or self.args.anneal_ent
         return {"global_step": self.step, "updates": self.updates, "ranks": self.ranks,
-                "updates_owed": self.updates_owed, "annealed": self.annealed,
+                "updates_owed": self.updates_owed, "annealed": self.annealed if annealing else 0.0,
                 "solved": (self.args.stop_at, self.args.total_timesteps) if self.solved else None,
                 "seconds": before["seconds"] + seconds,
                 "sps": (self.step - before["global_step"]) / seconds,
@@ -2158,16 +2170,22 @@ class Run:
         self.bar.close()
         if self.args.save_model:
             self.save()
-        with contextlib.suppress(KeyboardInterrupt):  # the summary is written anyway
+        failure = None
+        try:
             self.envs.close(terminate=interrupted)
             if not interrupted and self.signal is None:
                 self.evaluate()
+        except KeyboardInterrupt:  # the summary is written anyway
+            pass
+        except InputError as problem:
+            failure = problem
         self.saving = True
         gpu = self.agent.device.type == "cuda"
         self.summary = progress | self.eval_results() | {
             "interrupted": interrupted, "signal": self.signal,
             "train_returns": self.episodes[-20:], "args": vars(self.args),
             "device": torch.cuda.get_device_name() if gpu else "cpu",
+            "in_bfloat16": self.agent.in_bfloat16,
             "versions": {x.__name__: x.__version__ for x in (torch, np, gym)}}
         if self.writer:
             try:
@@ -2183,6 +2201,8 @@ class Run:
             os.close(self.lock)
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        if failure:
+            raise failure
         # an interrupted run ends well, even if the signal ended an environment too
         return kind is KeyboardInterrupt or (self.signal is not None and kind is InputError)
 
@@ -2332,7 +2352,7 @@ class FactorisedRSSM(RSSM):
 
 class SocialWorldModel(WorldModel):
     """WorldModel that models the teammates too. The arms of --teammate-model have the same
-    networks, and differ in what these may see."""
+    networks, and differ in what these may see; `tom` alone has two groups of free nats."""
     def __init__(self, specs: dict[str, ObsSpec], actions: ActionCodec, seats: int,
                  args: SocialArgs):
         self.heads = actions.heads
@@ -2428,10 +2448,11 @@ def expected(policy: Joint) -> Tensor:
 def skill(heads: dict[str, tuple], actions: Tensor, acts: Tensor, nats: Tensor, bayes: Tensor,
           guess: Tensor) -> Tensors:
     """Measures of a ToM head over all (…, K-1) where `acts`. cross_entropy: the mean of `nats`, its
-    −log π̂(a). marginal: that of who knows only how often each teammate does what. For choices also
-    accuracy: how often the likeliest one in `guess` (…, K-1, A) was right; bayes: the mean nats of
-    an ideal observer, NaN where there is none; skill: the share of the nats between marginal and
-    bayes that the head saves, 1 is all that can be known. No step of this waits for the device."""
+    −log π̂(a). marginal: that of who knows only how often the j-th of the others does what, whoever
+    ego is. For choices also accuracy: how often the likeliest one in `guess` (…, K-1, A) was right;
+    bayes: the mean nats of an ideal observer, NaN where there is none; skill: the share of the nats
+    between marginal and bayes that the head saves, 1 is all that can be known, NaN where these are
+    not 0.01 apart. No step of this waits for the device."""
     count = acts.sum().clamp(min=1)
     each = acts.flatten(0, -2).sum(0)  # (K-1,) steps at which each teammate acts
 
@@ -2460,7 +2481,8 @@ def skill(heads: dict[str, tuple], actions: Tensor, acts: Tensor, nats: Tensor, 
         saved = marginal - measures["cross_entropy"]
         measures["accuracy"] = (torch.stack(right).float().mean(0) * acts).sum() / count
         measures["bayes"] = ideal
-        measures["skill"] = saved / (marginal - ideal.nan_to_num(0.0)).clamp(min=1e-6)
+        gap = marginal - ideal.nan_to_num(0.0)
+        measures["skill"] = torch.where(gap > 0.01, saved / gap, torch.nan)
     return measures
 
 # ------------------------------------------------------------------------------------- the agent
@@ -2544,8 +2566,8 @@ class SocialDreamer(Dreamer):
         return super().judge(dream, action[..., : self.actions.size])
 
     def dream_starts(self, states: Tensors, data: dict[str, Any]) -> Tensors:
-        """Dreams begin where ego is in the game. In place of each other step one of those stands,
-        so that shapes do not depend on data; `mask` leaves its dream out, but its returns count in
+        """Dreams begin where ego is in the game. Any other step is replaced by one of those, so
+        that shapes do not depend on data; `mask` leaves its dream out, but its returns count in
         their range, the only thing in which `accumulate` is not exact. Who is active stays so."""
         start = super().dream_starts(states, data) | {"active": data["active"].flatten(0, 1)}
         here = data["valid"].flatten()  # (N,)
@@ -2626,9 +2648,11 @@ class HiddenMatch:
         """(A,) probabilities of the next action of who plays one of `scripts` and has played each
         action so often; every action is equally likely where no script explains that."""
         table = np.array([self.table[script] for script in scripts])
-        belief = (table ** np.asarray(counts)).prod(1)  # every script is equally likely at first
-        if not belief.any():
+        with np.errstate(divide="ignore", invalid="ignore"):
+            log = np.nansum(counts * np.log(table), 1)  # 0 · log 0 counts as 0
+        if np.isneginf(log).all():
             return np.full(self.actions, 1 / self.actions)
+        belief = np.exp(log - log.max())  # every script is equally likely at first
         return belief @ table / belief.sum()
 
     def bayes(self, agent: str, scripts: tuple[str, ...]) -> np.ndarray:
@@ -2657,7 +2681,7 @@ class HiddenMatch:
 # -------------------------------------------------------------------- games as seats of a table
 
 def modules_like(name: str) -> list[str]:
-    """Names of modules beside the missing module `name` that begin alike, but for a version."""
+    """Names of the modules in the package of `name` that begin alike, but for a version."""
     package, _, game = name.rpartition(".")
     try:
         paths = importlib.import_module(package).__path__
@@ -2686,7 +2710,8 @@ def make_parallel(args: SocialArgs, render: bool = False) -> Any:
         try:
             module = importlib.import_module(args.env_id)
         except (ImportError, TypeError, ValueError) as error:  # the last two for names such as ""
-            if near := modules_like(args.env_id):
+            near = modules_like(args.env_id)
+            if near and args.env_id not in near:
                 hint = f"there are {', '.join(near)}"
             raise InputError(f"{args.env_id!r} cannot be imported ({error}): {hint}") from None
         if not hasattr(module, "parallel_env"):
@@ -2747,10 +2772,10 @@ class Seats(gym.Env):
 
         obs/…     (K, …) what the agent sees, padded to the largest agent's; zeros while it is away
         reward    (K,) its reward
-        here      (K,) whether the row is one of its: until, and with, its last observation
+        here      (K,) whether it is in the game, up to and with its last observation
         active    (K,) whether it acts now; when time runs out, whether it would have
         last      (K,) whether this is its last observation
-        terminal  (K,) whether it is so for more reasons than time
+        terminal  (K,) whether it is, and not because time ran out
         learner   () the seat that learns if partners are others than the policy itself
         script    (K,) number of the script that plays the seat, or -1
         play      (K, A) what that script plays now
@@ -2775,6 +2800,7 @@ class Seats(gym.Env):
                              "alike")
         self.seat_space = gym.spaces.Dict(
             {name: merge(name, [entries[name] for entries in spaces]) for name in spaces[0]})
+        ObservationCodec(self.seat_space, 64)  # raises InputError
         own = [env.action_space(name) for name in self.names]
         same = all(space == own[0] for space in own)
         self.seat_action = own[0] if same else merge("action", own)
@@ -2894,11 +2920,11 @@ def scripts_of(args: SocialArgs, env: Any) -> tuple[str, ...]:
         if name not in known:
             raise InputError(f"{args.env_id} has no scripted partner {name!r}: choose of "
                              f"{', '.join(known)}")
-    aside = (*args.held_out, *getattr(env, "unusual", ()))
-    chosen = args.scripted or tuple(name for name in known if name not in aside)
+    usual = [name for name in known if name not in getattr(env, "unusual", ())]
+    chosen = tuple(name for name in args.scripted or usual if name not in args.held_out)
     if not chosen:
         raise InputError("all scripted partners are held out: leave one to learn with")
-    return tuple(chosen)
+    return chosen
 
 def make_env(args: SocialArgs, idx: int, capture_video: bool, run_name: str, seed: int = 0):
     """CleanRL's thunk: a function without arguments that makes environment `idx` of a run. Number 0
@@ -2913,20 +2939,30 @@ def make_env(args: SocialArgs, idx: int, capture_video: bool, run_name: str, see
         if record and seats.render_mode != "rgb_array":
             raise InputError(f"{args.env_id} draws no frames: leave out --capture-video")
         if record:
-            return gym.wrappers.RecordVideo(seats, f"videos/{run_name}", disable_logger=True)
+            return gym.wrappers.RecordVideo(seats, f"videos/{run_name}", disable_logger=True,
+                                            name_prefix=f"{time.time():.0f}")
         return seats
 
     return thunk
 
+@contextlib.contextmanager
+def one_game(args: SocialArgs):
+    """The game's Seats, to look at: making it leaves no trace in the global generators."""
+    with preserve_randomness(), contextlib.closing(make_env(args, 0, False, "")()) as seats:
+        yield seats
+
 def seat_spaces(args: SocialArgs) -> tuple[gym.spaces.Dict, gym.Space, int, tuple[str, ...]]:
     """Observation and action space of one seat, as seat_view fills them, the number of seats, and
-    the names of all scripts."""
-    with contextlib.closing(make_env(args, 0, False, "")()) as env:
+    the names of all scripts. Raises InputError for observations that have an entry of ours."""
+    with one_game(args) as env:
         seats = len(env.names)
-        spaces = env.seat_space.spaces | {"seat": gym.spaces.Discrete(seats)}
+        ours = {"seat": gym.spaces.Discrete(seats)}
         if args.oracle:
-            spaces["scripts"] = gym.spaces.MultiDiscrete([len(env.known) + 1] * (seats - 1))
-        return gym.spaces.Dict(spaces), env.seat_action, seats, env.known
+            ours["scripts"] = gym.spaces.MultiDiscrete([len(env.known) + 1] * (seats - 1))
+        for name in ours.keys() & env.seat_space.spaces:
+            raise InputError(f"{args.env_id} has an observation {name!r}, a name that is needed "
+                             "here: wrap the environment such that it has another")
+        return gym.spaces.Dict(env.seat_space.spaces | ours), env.seat_action, seats, env.known
 
 def seat_view(obs: dict[str, np.ndarray], env: np.ndarray, seat: np.ndarray,
               oracle: bool = False) -> dict[str, np.ndarray]:
@@ -3042,8 +3078,8 @@ class Pool:
         self.rng.bit_generator.state = json.loads(state["rng"])
 
 def make_pool(agent: SocialDreamer, args: SocialArgs, run_dir: str | Path, rank: int = 0) -> Pool:
-    """The pool of the run in `run_dir` or, if that is "" or has none, a new one: of the agent as it
-    is there. Those in pool_checkpoints join it, unless they did before. Every process of torchrun
+    """The pool of the run in `run_dir` or else a new one, of the agent there or, if run_dir is "",
+    of `agent`. Those in pool_checkpoints join it, unless they did before. Every process of torchrun
     has one; that of the first is saved."""
     pool = Pool(args.pool_size, args.pool_weighting, derive_seeds(args.seed, "pool", rank)[0])
     saved = load_file(run_dir) if run_dir else {}
@@ -3056,8 +3092,12 @@ def make_pool(agent: SocialDreamer, args: SocialArgs, run_dir: str | Path, rank:
     else:
         pool.add(agent, saved.get("agent"))
     for path in (x for x in args.pool_checkpoints if x not in there):
+        member = load_file(path)
+        if (arm := member["args"]["teammate_model"]) != args.teammate_model:
+            raise InputError(f"the agent in {path} was trained with --teammate-model {arm}, and "
+                             f"would play as {args.teammate_model}: give agents of the same")
         try:
-            pool.add(agent, load_file(path)["agent"])
+            pool.add(agent, member["agent"])
         except (RuntimeError, KeyError) as error:
             reason = str(error).splitlines()[-1].strip()
             raise InputError(f"the agent in {path} cannot join the pool, for it was trained with "
@@ -3070,11 +3110,12 @@ class Table:
     each environment has one, the drawn learner's."""
     def __init__(self, agent: SocialDreamer, num_envs: int, pool: Pool | None = None,
                  partner: int | None = None, scripts: tuple[str, ...] = (),
-                 purpose: str = "training"):
+                 purpose: str = "training", args: SocialArgs | None = None):
         """partner: the member of the pool, or LIVE, that plays all other seats; None: draw one for
-        every episode. scripts: the names of all scripts. purpose: names the partners' noise."""
+        every episode. scripts: the names of all scripts. purpose: names the partners' noise. args:
+        those of the game, if not the agent's."""
         self.agent = agent
-        self.args = agent.args
+        self.args = args or agent.args
         self.pool = pool
         self.partner = partner
         self.scripts = scripts
@@ -3113,7 +3154,7 @@ class Table:
         joint[self.env, self.seat] = self.state["action"].cpu().numpy()
         self.active = obs["active"].astype(bool)
         self.joint = np.where(self.active[..., None], joint, np.float32(0))
-        self.script = obs["script"]
+        self.script = np.where(first[:, None], obs["script"], self.script)  # also of who left
         return self.joint, self.rows(obs, first)
 
     def informed(self, agent: SocialDreamer, state: Tensors | None, env: np.ndarray,
@@ -3196,9 +3237,11 @@ def evaluate(agent: SocialDreamer, args: SocialArgs, episodes: int, run_name: st
     favoured; of longer ones `max_steps` steps count. Partners are those of args, or `partner` of
     the pool. Another `purpose` has other seeds. Returns "returns", the learner's sums of reward
     (with self-play the mean of the seats'), "team_returns", the sums over all seats, and "tom", the
-    measures of `skill`."""
+    measures of `skill`. Raises InputError without a pool where partners come from one."""
+    if args.partners == "pool" and pool is None:
+        raise InputError("partners 'pool' need a pool: give that of make_pool")
     seeds = derive_seeds(args.seed, purpose, count=episodes)
-    table = Table(agent, episodes, pool and pool.aside(), partner, purpose=purpose)
+    table = Table(agent, episodes, pool and pool.aside(), partner, purpose=purpose, args=args)
     scores = np.zeros((episodes, agent.seats))
     done = np.zeros(episodes, bool)
     is_first = running = np.ones(episodes, bool)
@@ -3235,7 +3278,7 @@ def evaluate_partners(agent: SocialDreamer, args: SocialArgs, pool: Pool | None,
     each = {}
     if pool is not None:
         each = {partner_name(number): (args, number) for number in (LIVE, *pool.members)}
-    with contextlib.closing(make_env(args, 0, False, run_name)()) as seats:
+    with one_game(args) as seats:
         for name in (*seats.scripts, *args.held_out):
             each[name] = dataclasses.replace(args, scripted=(name,), held_out=()), None
     results = {}
@@ -3250,7 +3293,7 @@ def evaluate_partners(agent: SocialDreamer, args: SocialArgs, pool: Pool | None,
 
 def bayes_return(args: SocialArgs) -> float | None:
     """Expected return of an ideal observer of the partners, if the game knows it."""
-    with contextlib.closing(make_env(args, 0, False, "")()) as seats:
+    with one_game(args) as seats:
         known = seats.scripts and hasattr(seats.env, "bayes_return")
         return seats.env.bayes_return(seats.scripts) if known else None
 
@@ -3353,16 +3396,13 @@ class SocialRun(Run):
         self.pool: Pool | None = None
         self.result: dict[str, Any] = {}  # of the last evaluation
 
-    def begin(self, envs: gym.vector.VectorEnv, agent: SocialDreamer) -> ReplayBuffer:
-        args = self.args
-        if args.partners == "pool":  # first, for it may raise InputError
-            self.pool = make_pool(agent, args, args.resume, self.rank)
-        return super().begin(envs, agent)
-
     def make_buffer(self, streams: int) -> ReplayBuffer:
-        """One row for each learning seat. The table is made here, where `step` is known."""
+        """One row for each learning seat. Pool and table are made here, where `step` is known."""
+        args = self.args
+        if args.partners == "pool":
+            self.pool = make_pool(self.agent, args, args.resume, self.rank)
         self.table = Table(self.agent, self.envs.num_envs, self.pool,
-                           scripts=seat_spaces(self.args)[3], purpose=f"training from {self.step}")
+                           scripts=seat_spaces(args)[3], purpose=f"training from {self.step}")
         return super().make_buffer(len(self.table.env))
 
     def reset(self) -> tuple[Any, dict[str, np.ndarray]]:
@@ -3383,9 +3423,9 @@ class SocialRun(Run):
         super().log(metrics, info)
 
     def record(self, values: dict[str, Any]) -> None:
-        """Leaves out tom_bayes where there is no ideal observer: there it is NaN."""
-        unknown = "diagnostics/tom_bayes"
-        super().record({tag: x for tag, x in values.items() if tag != unknown or x == x})
+        """Leaves out what `skill` does not know: that is NaN."""
+        may_be_nan = ("diagnostics/tom_bayes", "diagnostics/tom_skill")
+        super().record({tag: x for tag, x in values.items() if tag not in may_be_nan or x == x})
 
     def draw(self) -> dict[str, np.ndarray]:
         pictures = super().draw() | draw_teammates(self.agent, self.buffer)

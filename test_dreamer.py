@@ -1056,6 +1056,7 @@ def test_evaluations_play_the_average_of_the_weights_and_put_the_learned_ones_ba
             for p, expected in zip(x.learned, mean):
                 close(p, expected)
         same(weights(x), before)
+    assert not {x.data_ptr() for x in agent.averages} & {x.data_ptr() for x in loaded.averages}
     with plain.evaluating():
         same(weights(plain), before)
 
@@ -1535,6 +1536,30 @@ def test_images_come_with_channels_first_or_last_in_any_number_as_floats_too(
     assert codec.specs["obs"] == ("image", (48, 48, channels), channels, ())
     assert np.array_equal(codec(given.astype(dtype))["obs"], pixels * (255 // high))
 
+@pytest.mark.parametrize("shape,channels", [((7, 7, 20), 20), ((8, 8, 111), 111), ((5, 20, 20), 5)])
+def test_a_square_board_of_many_channels_is_not_taken_for_one_with_channels_first(shape, channels):
+    codec = D.ObservationCodec(Box(0, 1, shape, np.uint8), 80)
+    assert codec.specs["obs"].shape == (80, 80, channels)
+    board = np.random.default_rng(0).integers(0, 2, shape)
+    seen = codec(board[None].astype(np.uint8))["obs"][0]
+    last = board.transpose(1, 2, 0) if channels == shape[0] else board
+    middles = (np.arange(len(last)) * 80 + 40) // len(last)
+    assert np.array_equal(seen[np.ix_(middles, middles)], 255 * last)
+
+@pytest.mark.parametrize("high", [1, 255])
+def test_float_images_are_rounded_and_clipped_and_must_be_finite(high):
+    codec, x = D.ObservationCodec(Box(0, high, (48, 48, 3), np.float32), 48), np.zeros((1, 48, 48, 3))
+    x[0, 0, :4, 0] = np.array([254.9, 256.0, -2.0, 100.2]) * high / 255
+    seen = codec(x)["obs"]
+    assert seen.dtype == np.uint8 and seen[0, 0, :5, 0].tolist() == [255, 255, 0, 100, 0]
+    x[0, 0, 0, 0] = np.nan
+    with pytest.raises(D.InputError, match="'obs' holds nan"):
+        codec(x)
+
+def test_an_image_that_never_changes_may_have_equal_bounds():
+    codec = D.ObservationCodec(Box(5, 5, (48, 48, 3), np.uint8), 48)
+    assert not codec(np.full((1, 48, 48, 3), 5, np.uint8))["obs"].any()
+
 def test_observations_are_encoded_without_loss():
     codec = D.ObservationCodec(Dict(
         a=Discrete(4, start=-1), b=MultiDiscrete([[2, 3], [4, 5]]),
@@ -1611,7 +1636,7 @@ def test_a_kl_that_stays_at_its_free_nats_is_warned_of_every_thousand_updates(sc
     run = object.__new__(script.module.Run)
     run.agent = script.make_agent(free_nats=0.5)
     run.args = run.agent.args
-    run.step, run.ranks, run.episodes, run.announced, run.above_floor = 0, 1, [], True, 0
+    run.step, run.rank, run.ranks, run.episodes, run.announced, run.above_floor = 0, 0, 1, [], True, 0
     run.buffer, run.writer, written = integers(steps=1), None, []
     run.bar = types.SimpleNamespace(set_postfix=lambda **_: None, write=written.append)
     run.progress = lambda: {"sps": 1.0, "updates_per_second": 1.0}
@@ -1625,6 +1650,23 @@ def test_a_kl_that_stays_at_its_free_nats_is_warned_of_every_thousand_updates(sc
             assert f"{floor:g} free nats for 1,000 updates" in written.pop()
             warned.append(run.updates)
     assert warned == [1000, 2500, 3500]
+
+def test_a_video_of_pixels_begins_with_the_first_episode(monkeypatch):
+    class Filmed(gym.Wrapper):
+        def __init__(self, env, folder, **_):
+            super().__init__(env)
+            films.append(0)
+
+        def reset(self, **kwargs):
+            films[0] += 1
+            return super().reset(**kwargs)
+
+    films = []
+    monkeypatch.setattr(gym.wrappers, "RecordVideo", Filmed)
+    args = args_of(env_id="test/Picture-v0", pixels=True)
+    D.make_env(args, 0, True, "test")().reset()
+    D.make_env(args, 1, True, "test")().reset()  # the first alone is filmed
+    assert films == [1]
 
 def test_text_is_left_out_of_observations_with_one_warning_for_all_environments(recwarn):
     D.warn_once.cache_clear()
@@ -1648,6 +1690,8 @@ def test_dm_control_is_filmed_by_camera_0_and_the_quadruped_by_camera_2(
     env = make_env(f"dm_control/{task}-v0", pixels=True)
     render_kwargs = dict(height=48, width=48, camera_id=camera)
     assert asked == [{"render_mode": "rgb_array", "render_kwargs": render_kwargs}]
+    make_env(f"dm_control/{task}-v0", pixels=True, env_kwargs='{"render_kwargs": {"camera_id": 1}}')
+    assert asked[1]["render_kwargs"] == render_kwargs | {"camera_id": 1}
     assert np.array_equal(env.reset()[0], Picture().see())
 
 def test_atari_begins_with_0_to_30_steps_of_doing_nothing_that_the_seed_fixes(monkeypatch):
@@ -2228,7 +2272,7 @@ def test_a_folder_in_which_another_process_runs_is_refused(folder):
 
 def test_a_resumed_run_prints_what_its_arguments_were(folder, capsys, monkeypatch):
     D.main(args_of(total_timesteps=60))
-    capsys.readouterr()
+    assert "× cpu, updates in float32; replay of" in capsys.readouterr().out
     monkeypatch.setattr(D, "worth_compiling", None)  # a resumed run keeps its --compile
     flags = ["--resume", str(run_of(folder)), "--total-timesteps", "80", "--seed", "2"]
     D.main(D.parse_args(flags))
@@ -2250,6 +2294,49 @@ def test_annealing_goes_on_from_where_it_was_even_if_the_run_is_made_longer(fold
     left = 120 - at
     expected = at / 60 + (1 - at / 60) * np.arange(left) / left
     np.testing.assert_allclose(seen[at + 1 :], expected)
+
+@pytest.mark.parametrize("flag", ["anneal_lr", "anneal_ent"])
+def test_annealing_that_begins_when_a_run_is_continued_begins_at_its_full_value(folder, flag):
+    D.main(args_of(total_timesteps=60))
+    seen = []
+
+    class Watched(Solo.agent_class):
+        def anneal(self, progress, step):
+            seen.append(progress)
+            super().anneal(progress, step)
+
+    D.main(args_of(total_timesteps=80, resume=str(run_of(folder)), **{flag: True}), Watched)
+    np.testing.assert_allclose(seen, np.arange(10) / 10)
+
+def test_a_last_evaluation_that_fails_costs_neither_summary_nor_lock(script, folder, monkeypatch):
+    def fail(*args, **kwargs):
+        raise script.module.InputError("a worker died")
+
+    monkeypatch.setattr(script.module, "evaluate", fail)
+    before = {number: signal.getsignal(number) for number in script.module.SIGNALS}
+    with pytest.raises(script.module.InputError, match="a worker died"):
+        script.module.main(script.args_of(total_timesteps=60))
+    summary = json.loads((run_of(folder) / "summary.json").read_text())
+    assert summary["global_step"] == 60 and not summary["interrupted"]
+    assert not summary["eval_returns"] and summary["in_bfloat16"] is False
+    assert before == {number: signal.getsignal(number) for number in script.module.SIGNALS}
+    monkeypatch.undo()
+    os.chdir(folder)
+    resumed = script.args_of(total_timesteps=80, resume=str(run_of(folder)))
+    assert script.module.main(resumed)["global_step"] == 80  # the folder was unlocked
+
+def test_a_resumed_run_counts_updates_at_the_free_nats_anew(script, folder, monkeypatch):
+    script.module.main(script.args_of(total_timesteps=60))
+    begin, at = script.module.Run.begin, []
+
+    def watched(run, *args):
+        buffer = begin(run, *args)
+        at.append((run.above_floor, run.updates))
+        return buffer
+
+    monkeypatch.setattr(script.module.Run, "begin", watched)
+    script.module.main(script.args_of(total_timesteps=80, resume=str(run_of(folder))))
+    assert at[0][0] == at[0][1] > 0
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_folder_that_is_deleted_is_made_anew_and_what_comes_is_saved(folder, capsys):
@@ -2703,6 +2790,8 @@ def test_measures_of_the_head_are_those_of_a_naive_loop():
     unknown = M.skill(heads, actions, acts, nats, torch.full(shape, float("nan")), guess)
     close(unknown["skill"], (marginal - ours) / marginal, rtol=1e-4)
     assert unknown["bayes"].isnan()
+    nothing = M.skill(heads, actions, acts, nats, torch.full(shape, float(marginal) - 0.009), guess)
+    assert nothing["skill"].isnan()  # where there is nothing to know
     x, zeros = torch.randn(4000, 1, 1, 2) * torch.tensor([1.0, 3.0]), torch.zeros(4000, 1, 1)
     normal = M.skill({"a": ("continuous", 2)}, x, zeros == 0, zeros, zeros, x)
     entropy = torch.distributions.Normal(torch.zeros(2), torch.tensor([1.0, 3.0])).entropy().sum()
@@ -2949,6 +3038,9 @@ def test_hidden_match_has_its_known_values_and_its_bayes_value_is_that_of_a_simu
     ret, nats = hidden_match_values(epsilon, actions, length)
     close(env.bayes_return(env.favourites), ret)
     assert env.bayes_return(env.scripts) is None  # of "mixed" it says nothing
+    if epsilon:  # after a very long game, too
+        belief = env.predict([300] * (actions - 1) + [3000], env.favourites)
+        close(belief, env.table[str(actions - 1)])
     if bayes:
         assert abs(ret - bayes) < 0.006
     played, nats_played = rollout(env, lambda belief, script: belief.argmax())
@@ -3158,6 +3250,33 @@ def test_the_pool_counts_a_victory_for_who_earned_more_than_the_others():
         assert table.finish(env, np.array(returns)) == "pool_0"
         assert table.pool.wins[0] == won and table.pool.games[0] == 1
 
+def test_a_game_is_one_with_a_script_only_if_that_played_all_seats_even_of_who_left():
+    class Scripted(Toy):
+        scripts = ("a", "b")
+
+        def play(self, agent, script):
+            return 0
+
+    for chosen, played in ((("a",), "a"), (("a", "b"), None)):
+        args = team_args(partners="scripted")
+        seats = M.Seats(Scripted(), chosen)
+        envs = M.SyncVectorEnv([lambda: M.Seats(Scripted(), chosen)])
+        agent = make_team(Dict({**seats.seat_space.spaces, "seat": Discrete(3)}), Discrete(4), 3,
+                          partners="scripted")
+        table, seen = M.Table(agent, 1, scripts=seats.known, args=args), set()
+        for seed in range(20):
+            obs, _ = envs.reset(seed=seed)
+            at_first = {int(x) for x in obs["script"][0]} - {-1}
+            first = np.ones(1, bool)
+            for _ in range(6):
+                joint, _ = table.act(obs, first)
+                obs, _, _, _, _ = envs.step(joint)
+                first = np.zeros(1, bool)
+            expected = seats.known[min(at_first)] if len(at_first) == 1 else None
+            assert table.finish(0, np.zeros(3)) == expected
+            seen.add(expected)
+        assert played in seen
+
 # ------------------------------------------------------------------------------- teams: whole runs
 
 @pytest.mark.parametrize("partners", ["self", "pool", "scripted"])
@@ -3231,6 +3350,9 @@ def test_agents_of_other_runs_join_the_pool(folder):
         equal(p, saved[name])
     with pytest.raises(M.InputError, match="cannot join the pool"):
         M.make_pool(make_team(seats=2), args, "")
+    plain = dataclasses.replace(args, teammate_model="none")
+    with pytest.raises(M.InputError, match="trained with --teammate-model tom, and would play as none"):
+        M.make_pool(M.SocialDreamer(*M.seat_spaces(plain)[:2], plain, 2), plain, "")
     resumed = M.make_pool(agent, args, run)  # the checkpoint is new to that run
     assert list(resumed.members) == [0, 1]
     for name, p in resumed.members[1].named_parameters():
@@ -3247,6 +3369,29 @@ def test_the_pool_of_a_run_that_had_none_begins_with_its_agent(folder):
     saved = M.load_file(run_of(folder))["agent"]
     for name, p in M.make_pool(agent, args, run_of(folder)).members[0].named_parameters():
         equal(p, saved[name])
+
+@pytest.mark.parametrize("values", [dict(size="12m"), dict(env_kwargs='{"actions": 5}')])
+def test_a_pool_that_does_not_fit_the_run_that_is_resumed_is_an_input_error(folder, values):
+    M.main(team_args(partners="pool", total_timesteps=50))
+    with pytest.raises(M.InputError, match="does not fit"):
+        M.main(team_args(partners="pool", total_timesteps=80, resume=str(run_of(folder)), **values))
+
+def test_an_evaluation_has_the_partners_of_its_arguments():
+    self_play = team_args(partners="self")
+    agent = M.SocialDreamer(*M.seat_spaces(self_play)[:2], self_play, 2)
+    other = dataclasses.replace(self_play, partners="scripted", scripted=("2",),
+                                env_kwargs='{"epsilon": 0, "length": 4}')
+    choose = agent.choose
+    for mine, expected in ((2, 4.0), (1, 0.0)):  # matches with who always plays 2
+        def play(*inputs, mine=mine):
+            state = choose(*inputs)
+            state["action"] = F.one_hot(torch.full((len(state["action"]),), mine), 4).float()
+            return state
+
+        agent.fast_choose = play
+        assert M.evaluate(agent, other, 3)["returns"] == [expected] * 3
+    with pytest.raises(M.InputError, match="need a pool"):
+        M.evaluate(agent, dataclasses.replace(self_play, partners="pool"), 2)
 
 def test_members_of_the_pool_hold_no_average_of_weights():
     agent = make_team(average=0.5)
@@ -3307,6 +3452,7 @@ def test_the_command_line_takes_the_preset_of_the_game_and_flags_on_top():
     (dict(scripted=("7",)), "'7'"), (dict(held_out=("nobody",)), "nobody"),
     (dict(capture_video=True), "hidden_match.*(render_mode|frames)"),
     (dict(held_out=("0", "1", "2", "3")), "all scripted partners are held out"),
+    (dict(scripted=("3",), held_out=("3",)), "all scripted partners are held out"),
     (dict(pool_checkpoints=("x",)), "pool_checkpoints"),
     (dict(partners="pool", pool_checkpoints=("no/such/run",)), "no/such/run")])
 def test_bad_input_about_teams_is_an_input_error_that_names_the_value(folder, values, named):
@@ -3357,6 +3503,33 @@ def test_another_version_of_a_module_is_named(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(M.InputError, match=r"there are zoo.pistonball_v6$"):
         M.make_parallel(team_args(env_id="zoo.pistonball_v5"))
+    (tmp_path / "zoo" / "other_v1.py").write_text("import no_such_package")
+    with pytest.raises(M.InputError, match="no_such_package.*install its package"):
+        M.make_parallel(team_args(env_id="zoo.other_v1"))  # it is there, but what it needs is not
+
+def test_scripts_that_are_held_out_are_not_learned_with_even_if_both_name_them():
+    args = team_args(partners="scripted", scripted=("0", "3"), held_out=("3",))
+    assert M.scripts_of(args, M.HiddenMatch()) == ("0",)
+
+def test_looking_at_a_game_leaves_the_global_generators_alone():
+    args = team_args(partners="scripted")
+    random.seed(5)
+    np.random.seed(5)
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    M.seat_spaces(args)
+    M.bayes_return(args)
+    assert before == (random.getstate(), np.random.get_state()[1].tolist())
+
+@pytest.mark.parametrize("space,named", [
+    (gym.spaces.Text(5), "Text"), (Dict(seat=Discrete(3), hand=Discrete(4)), "'seat'")])
+def test_what_an_agent_of_a_team_cannot_observe_is_an_input_error(monkeypatch, space, named):
+    class Other(Toy):
+        def observation_space(self, agent):
+            return space
+
+    monkeypatch.setattr(M, "make_parallel", lambda args, render=False: Other())
+    with pytest.raises(M.InputError, match=named):
+        M.seat_spaces(team_args(partners="self"))
 
 def test_one_seat_is_an_input_error():
     with pytest.raises(M.InputError, match="seats 1"):

@@ -18,12 +18,14 @@ Beyond a ParallelEnv an environment may offer the following. A user has to ask f
 `getattr` or `hasattr`.
 
     scripts               names of the policies that come with the environment
+    unusual               those of them that are met only if asked for by name
     play(agent, script)   the action that such a policy takes now in the place of `agent`; call it
                           at most once a step for an agent, because a policy may have a memory
     bayes(agent, scripts) probabilities (A,) of the next action of `agent` to an ideal observer of
                           all actions so far, who knows that `agent` plays one of `scripts`, each
                           equally likely at first; None where no script explains what it did
-    bayes_return(scripts) what an ideal observer earns in an episode, on average over these scripts
+    bayes_return(scripts) what an ideal observer earns in an episode, on average over these scripts;
+                          None where that is not known
     reset(options={"steps": n})
                           where a part of the reward fades, n tells how many steps this environment
                           has made in earlier runs; `math.inf` leaves that part out
