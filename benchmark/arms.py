@@ -15,8 +15,8 @@ rows = []
 for folder in sys.argv[1:]:
     summary = Path(folder) / "summary.json"
     s = json.loads(summary.read_text()) if summary.is_file() else {}
-    if not s.get("eval_returns"):
-        print(f"{folder} is left out: its run has not ended", file=sys.stderr)
+    if not s.get("eval_returns") or "eval_tom" not in s:
+        print(f"{folder} is left out: no run of dreamer_marl.py that has ended", file=sys.stderr)
         continue
     args, tom = s["args"], s["eval_tom"]
     arm = args["teammate_model"] + "+stop-grad" * args["tom_stop_grad"] + "+oracle" * args["oracle"]

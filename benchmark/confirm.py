@@ -7,6 +7,7 @@ writes confirm.csv, a line for each run that finished; confirm_curves.csv, its e
 import argparse
 import csv
 import json
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -35,6 +36,8 @@ for run in map(Path, args.runs):
     scalars = EventAccumulator(str(run)).Reload().Scalars("eval/episodic_return")
     # the last one is that of the end, in fresh episodes
     curves += [dict(seed=seed, step=x.step, evaluation=round(x.value, 2)) for x in scalars[:-1]]
+if not table:
+    sys.exit("error: none of these runs has ended")
 table.sort(key=lambda row: row["seed"])
 curves.sort(key=lambda row: (row["seed"], row["step"]))
 for name, rows in {".csv": table, "_curves.csv": curves}.items():

@@ -64,6 +64,7 @@ class Drill:
         self.folder, self.script = folder, script
         self.run = folder / "run"
         self.output = folder / "output"
+        self.processes: list[subprocess.Popen] = []
         self.seen = 0  # last step that was printed before the fault
 
     def start(self, *flags: str, ranks: int = 1) -> subprocess.Popen:
@@ -71,7 +72,16 @@ class Drill:
         command = [sys.executable, *launcher, str(self.script), *flags]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(self.folder)}
         with open(self.output, "w") as file:
-            return subprocess.Popen(command, cwd=self.folder, env=env, stdout=file, stderr=file, start_new_session=True)
+            self.processes.append(subprocess.Popen(
+                command, cwd=self.folder, env=env, stdout=file, stderr=file, start_new_session=True))
+        return self.processes[-1]
+
+    def clean(self) -> None:
+        """Ends what still runs."""
+        for process in self.processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
     def begin(self, *flags: str, steps: int = 1_000_000, ranks: int = 1) -> subprocess.Popen:
         """A run that has saved once."""
@@ -307,6 +317,8 @@ ONE_AGENT = ("environment: raises", "environment: pays NaN")  # drills that drea
 def soak(steps: int) -> list[list[object]]:
     """How much memory (MiB), how many threads and open files a run has, and their slopes per 100,000 steps after
     the replay was full for a while. Few updates, so that it takes minutes; one in 256 steps."""
+    if steps < 100_000:
+        raise SystemExit("error: --soak needs 100,000 steps or more")
     with tempfile.TemporaryDirectory() as name:
         drill = Drill(Path(name), ROOT / "dreamer.py")
         flags = [*FLAGS, "--num-envs", "16", "--buffer-size", "20000", "--train-ratio", "0.0625", "--checkpoint-every", "20000"]
@@ -345,10 +357,13 @@ def main(script: Literal["dreamer.py", "dreamer_marl.py"] = "dreamer.py", only: 
             if only not in name or (script == "dreamer_marl.py" and name in ONE_AGENT):
                 continue
             with tempfile.TemporaryDirectory() as folder:
+                tried = Drill(Path(folder), ROOT / script)
                 try:
-                    row = [name, "yes", drill(Drill(Path(folder), ROOT / script))]
+                    row = [name, "yes", drill(tried)]
                 except Failed as problem:
                     row = [name, "no", str(problem)]
+                finally:
+                    tried.clean()
             rows.append(row)
             print(f"{row[0]:45} {row[1]:4} {row[2]}", flush=True)
     if out:

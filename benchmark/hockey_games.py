@@ -47,7 +47,7 @@ def play(options: argparse.Namespace) -> None:
             agent.load_state_dict(players[steps], strict=False)
             script = opponent in SCRIPTS
             values = dict(partners="scripted", scripted=(opponent,)) if script else dict(partners="pool", scripted=())
-            result = M.evaluate(agent, dataclasses.replace(args, **values), options.games,
+            result = M.evaluate(agent, dataclasses.replace(args, held_out=(), **values), options.games,
                                 deterministic=options.deterministic, pool=None if script else pool,
                                 partner=None if script else numbers[opponent])
             x = np.sign(result["returns"])

@@ -67,6 +67,8 @@ def known(agent: ModelAlone, data: dict, noise: dict) -> dict[str, float]:
 def main(options: Options) -> None:
     torch.set_num_threads(1)
     agent, buffer = load(options.run)
+    if agent.args.batch_length <= SEEN:
+        sys.exit(f"error: the run has windows of {agent.args.batch_length} steps, and more than {SEEN} are needed")
     data = agent.training_data(buffer.sample(WINDOWS, online=False))
     noise = agent.learning_noise(data)
     writer = csv.writer(sys.stdout, lineterminator="\n")

@@ -33,7 +33,7 @@ for folder in sys.argv[1:]:
     if not path.exists():
         continue
     summary = json.loads(path.read_text())
-    if not summary["eval_returns"]:  # interrupted
+    if not summary["eval_returns"] or "MountainCar" not in summary["args"]["env_id"]:  # interrupted, or another
         continue
     data = torch.load(Path(folder) / "replay.pt", weights_only=True)["data"]
     seen = torch.stack(data["obs/obs"], 1).numpy()  # (steps of each, environments, 2)

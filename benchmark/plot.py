@@ -1,7 +1,7 @@
 """Draws recorded curves (needs matplotlib): each argument is a label and its seeds' CSV files, or a label and a level.
 
     python benchmark/plot.py --out cartpole.png --bins 30 --steps 24000 "return=benchmark/cartpole/seed1.csv"
-    python benchmark/plot.py --out arms.png --bins 40 --steps 20000 "ToM=tom1.csv,tom2.csv" "plain=no1.csv" "Bayes=6.73"
+    python benchmark/plot.py --out arms.png --bins 40 --steps 20000 "ToM=tom1.csv,tom2.csv" "plain=no1.csv" "Bayes=6.72"
     python benchmark/plot.py --out dmc.png --bins 3 --steps 30000 --repeat 2 "ours=s1.csv" "official=official.csv:TASK"
 
 Line: the mean over seeds of the values of a tag, each first averaged over equal stretches of the run; shade: from the
@@ -25,7 +25,8 @@ def load(source: str, tag: str, steps: int, repeat: int) -> list[Curve]:
     with open(path) as file:
         rows = list(csv.DictReader(file))
     if not task:
-        return [[(int(r["step"]) * repeat, float(r["value"])) for r in rows if r["tag"] == tag]]
+        curve = [(int(r["step"]) * repeat, float(r["value"])) for r in rows if r["tag"] == tag]
+        return [[point for point in curve if point[0] <= (steps or float("inf"))]]
     rows = [r for r in rows if r["task"] == task and float(r["frame"]) <= (steps or float("inf"))]
     return [[(int(r["frame"]), float(r["return"])) for r in rows if r["seed"] == seed]
             for seed in sorted({r["seed"] for r in rows})]

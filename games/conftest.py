@@ -16,6 +16,7 @@ FORAGING = "Foraging-8x8-2p-3f-v3"
 class Kitchen:
     """What the adapter uses of overcooked-ai: soup in step 2, shaping 3 and 5 in every step."""
     num_players = 2
+    start_all_orders = [{"ingredients": ["onion"] * 3}]
     mp = None
     mlam = None
     STAY = (0, 0)
@@ -25,6 +26,8 @@ class Kitchen:
     def from_layout_name(cls, layout):
         kitchen = cls()
         kitchen.num_players = 4 if layout == "crowd" else 2
+        if layout == "tomato":
+            kitchen.start_all_orders = [{"ingredients": ["onion"] * 3}, {"ingredients": ["tomato"]}]
         return kitchen
 
     @staticmethod
@@ -114,6 +117,7 @@ class Rink:
         return np.full(self.size, self.puck + self.t), 99.0, self.t == 3, False, info
 
     def render(self, mode):
+        assert mode == "rgb_array"
         return np.zeros((48, 60, 3), np.uint8)
 
     def close(self):
@@ -131,7 +135,8 @@ class Bot:
 @pytest.fixture
 def stand_ins(monkeypatch, tmp_path):
     (tmp_path / "cramped_room.layout").touch()
-    (tmp_path / "crowd.layout").touch()
+    for name in ("crowd", "tomato"):
+        (tmp_path / f"{name}.layout").touch()
     space = types.SimpleNamespace
     mdp = space(actions=space(Action=Kitchen), overcooked_env=space(OvercookedEnv=Kitchen),
                 overcooked_mdp=space(OvercookedGridworld=Kitchen))

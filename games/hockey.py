@@ -5,12 +5,12 @@
     export PYTHONPATH=$PWD/hockey-env
 
 The winner earns 10 and the loser −10. Shaping takes away something from a player while the puck
-comes towards its goal in its own half and it is far from the puck: at worst about 30 an episode.
+lies or comes nearer in its own half and is far from it: up to about 60 an episode.
 
 Scripts: "weak" and "strong", the two strengths of the package's BasicOpponent. The protocol is that
 of games/__init__.py. BasicOpponent draws from NumPy's global generator; while it plays, that is the
-generator of `reset(seed)`. Measured: in 300,000 steps it did not learn to win more than it
-loses; repeat=4 came closer in 75,000 (benchmark/README.md).
+generator of `reset(seed)`. Measured: in 300,000 steps dreamer_marl.py did not win more than it
+lost; repeat=4 came closer in 75,000 (benchmark/README.md).
 """
 import importlib
 from typing import Any
@@ -23,7 +23,7 @@ class Hockey:
     """A ParallelEnv. Actions: Box(−1, 1, (4,)), forces in x and y, torque, and above 0.5 to shoot.
     Observations: Box of float32, (18,), positions, angles and velocities of oneself, the opponent
     and the puck, and how long each may keep it; each player sees the field from its own side. A
-    goal terminates the episode; without one it is truncated when time is up, after 251 steps.
+    goal terminates the episode; without one it is truncated when time is up, after 251 frames.
 
     shaping_steps: steps over which shaping fades linearly to nothing; 0 leaves it out.
     repeat: frames, 50 a second, for which a learner's action is held; scripts act at every frame.

@@ -2,8 +2,8 @@
 
     pip install overcooked-ai==1.1.0 scipy
 
-Both cooks earn 20 for every soup of three onions that either delivers. Shaping pays a single cook
-3 for an onion put into a pot, 3 for a dish taken for a soup, and 5 for a soup taken from the pot.
+Both cooks earn 20 (in tutorial_0, 63) for every soup of three onions that either delivers. Shaping
+pays a single cook 3 for an onion in a pot, 3 for a dish for a soup, and 5 for a soup from the pot.
 
 Scripts: "greedy" (the package's GreedyHumanModel), "stay" (never moves), "random" (any of the six
 actions). The protocol is that of games/__init__.py. A greedy cook that is stuck draws from NumPy's
@@ -35,7 +35,7 @@ class Overcooked:
     """A ParallelEnv. Actions: Discrete(6), that is north, south, east, west, stay, interact.
     Observations: Box of float32, flat. The episode is truncated after `horizon` steps.
 
-    layout: name of a kitchen for two cooks that the package has.
+    layout: name of a kitchen of the package for two cooks who make soups of three onions.
     encoding: "featurized", (96,), distances and states of things, or "lossless", (W·H·26,), planes.
     shaping_steps: steps over which shaping fades linearly to nothing; 0 leaves it out.
     horizon: steps of an episode, at least 1.
@@ -64,8 +64,8 @@ class Overcooked:
                 raise ValueError(f"games.overcooked: layout {layout!r} is unknown, "
                                  f"take one of {', '.join(known)}")
             mdp = overcooked_mdp.OvercookedGridworld.from_layout_name(layout)
-            if mdp.num_players != 2:
-                raise ValueError(f"games.overcooked: layout {layout!r} is not for two cooks")
+            if mdp.num_players != 2 or mdp.start_all_orders != [{"ingredients": ["onion"] * 3}]:
+                raise ValueError(f"games.overcooked: {layout!r} is not for two cooks of onion soup")
             self.game = overcooked_env.OvercookedEnv.from_mdp(mdp, horizon=horizon, info_level=0)
             self.encode = {"featurized": self.game.featurize_state_mdp,
                            "lossless": self.game.lossless_state_encoding_mdp}[encoding]

@@ -31,7 +31,7 @@ class PrisonersDilemma:
         round; `bayes` always sees all actions.
     length: rounds of an episode, at least 1.
 
-    Raises ValueError for values outside these ranges."""
+    Raises ValueError for other values."""
 
     metadata = {"name": "prisoners_dilemma", "render_modes": []}
     render_mode = None
@@ -39,10 +39,10 @@ class PrisonersDilemma:
     scripts = ("cooperate", "defect", "tit_for_tat", "alternate")
 
     def __init__(self, q: float = 0.0, length: int = 10, render_mode: str | None = None):
-        if not 0 <= q <= 1:
-            raise ValueError(f"games.prisoners_dilemma: q {q} must be a probability from 0 to 1")
-        if length < 1:
-            raise ValueError(f"games.prisoners_dilemma: length {length} must be at least 1")
+        if type(q) not in (int, float) or not 0 <= q <= 1:
+            raise ValueError(f"games.prisoners_dilemma: q {q!r} must be a probability from 0 to 1")
+        if type(length) is not int or length < 1:
+            raise ValueError(f"games.prisoners_dilemma: length {length!r} must be at least 1")
         if render_mode is not None:
             raise ValueError("games.prisoners_dilemma draws no frames: leave out render_mode")
         self.q = q

@@ -103,13 +103,15 @@ def test_in_hockey_a_held_action_meets_scripts_that_act_at_every_frame(stand_ins
     env.game.step = lambda joint: frames.append(joint) or seen(joint)
     rewards = env.step({"player_0": own, "player_1": env.play("player_1", "weak")})[1]
     assert list(rewards.values()) == [-0.5, -1] and env.agents  # two frames of shaping
+    env.game.t = 1
     obs, rewards, terminated, _, _ = env.step({"player_0": own, "player_1": own})
-    assert list(rewards.values()) == [0.9 * -0.25 + 10, 0.9 * -0.5 - 10]  # the game's third ends it
-    assert all(terminated.values()) and len(frames) == 3
-    np.testing.assert_allclose([frame[:4] for frame in frames], [own] * 3)
+    fade = 0.9 * 2 * np.array([-0.25, -0.5])
+    np.testing.assert_allclose(list(rewards.values()), fade + [10, -10])  # the game's third ends it
+    assert all(terminated.values()) and len(frames) == 4
+    np.testing.assert_allclose([frame[:4] for frame in frames], [own] * 4)
     puck = env.game.puck  # which a script sees move, and who plays by itself does not use
     script = [frame[4] for frame in frames]
-    np.testing.assert_allclose(script, [-puck / 10, -(puck + 1) / 10, 0.5], atol=1e-6)
+    np.testing.assert_allclose(script, [-puck / 10, -(puck + 1) / 10, 0.5, 0.5], atol=1e-6)
 
 
 @pytest.mark.parametrize("keep_mode,size", [(True, 18), (False, 16)])
@@ -134,7 +136,7 @@ def test_real_hockey_ends_by_goals_or_after_251_steps_and_nobody_keeps_the_puck(
         assert env.agents
         _, rewards, terminated, truncated, _ = env.step({a: np.zeros(4) for a in env.agents})
     assert all(truncated.values()) and not any(terminated.values()) and not any(rewards.values())
-    env.game.player1_has_puck = 9  # as the package leaves it if time is up while player_0 holds it
+    env.game.player1_has_puck = env.game.player2_has_puck = 9  # as if they held it when time was up
     np.testing.assert_array_equal(env.reset(seed=0)[0]["player_0"], obs["player_0"])
     goals = set()
     for seed in range(12):

@@ -74,7 +74,9 @@ def test_a_seed_fixes_the_game_and_its_scripts_and_nothing_else_is_drawn_from(pa
     ("prisoners_dilemma", {"q": 1.1}, "q 1.1"), ("prisoners_dilemma", {"q": -1}, "q -1"),
     ("prisoners_dilemma", {"length": 0}, "length 0"), ("overcooked", {"encoding": "x"}, "lossless"),
     ("overcooked", {"layout": "x"}, "'x'.* cramped_room"),
-    ("overcooked", {"layout": "crowd"}, "two"), ("overcooked", {"horizon": 0}, "horizon 0"),
+    ("overcooked", {"layout": "crowd"}, "two"), ("overcooked", {"layout": "tomato"}, "onion"),
+    ("prisoners_dilemma", {"q": "1"}, "q '1'"), ("prisoners_dilemma", {"length": 2.5}, "length 2.5"),
+    ("overcooked", {"horizon": 0}, "horizon 0"),
     ("overcooked", {"shaping_steps": -1}, "shaping_steps -1"),
     ("foraging", {"env_id": "x"}, "'x'.*Foraging-8x8"), ("foraging", {"penalty": -1}, "negative"),
     ("foraging", {"env_id": "CartPole-v1"}, "another game"),
@@ -173,6 +175,7 @@ def test_the_last_action_is_shown_with_probability_q_and_the_last_round_terminat
             mine, others = rng.integers(2, size=2)
             obs, _, over, late, _ = env.step({"player_0": mine, "player_1": others})
             assert obs["player_0"] in (2, others) and obs["player_1"] in (2, mine)
-            shown += [x != 2 for x in obs.values()]
+            shown.append([x != 2 for x in obs.values()])
             assert set(over.values()) == {t == length - 1} and set(late.values()) == {False}
     assert abs(np.mean(shown) - q) < 0.05
+    assert abs(np.mean(np.all(shown, 1)) - q * q) < 0.05  # for each player alone

@@ -9,7 +9,7 @@ Unlike the other modules of this folder it holds Gymnasium environments. Board, 
 are those of tetris-gymnasium: a field of 20 rows and 10 columns, seven pieces that come in shuffled
 bags, 1 for a piece that is placed and 10 · n² for n lines cleared at once; the step that loses the
 game pays 0. It is lost when a new piece has no room. The package knows no time limit: here episodes
-are truncated after 2,000 steps with buttons, and after 500 pieces with placements.
+are truncated after 2,000 steps with buttons, and after 500 choices with placements.
 
 Observations are dicts of choices, so that a world model predicts cells as probabilities:
 
