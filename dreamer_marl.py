@@ -1354,12 +1354,13 @@ class Dreamer(nn.Module):
         compiled = self.args.compile
         return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
 
+@functools.cache
 def faster_in_bfloat16() -> bool:
     """Does this CPU multiply matrices clearly faster in bfloat16 than in float32? Its flags do not
     tell: with the same instructions one is faster, another takes twice as long."""
     def seconds(dtype: torch.dtype) -> float:
-        x = torch.ones(512, 512, dtype=dtype)
-        return min(timeit.repeat(lambda: x @ x, number=1, repeat=7))
+        x = torch.ones(256, 256, dtype=dtype)
+        return min(timeit.repeat(lambda: x @ x, number=1, repeat=50))  # some are not disturbed
     return seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
 
 def average_over_processes(tensors: list[Tensor]) -> None:

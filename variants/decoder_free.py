@@ -14,8 +14,8 @@ Heads     learn from states (h, z). Those named by --grad-heads shape the states
           value    the critic on replayed steps   ┘
 
           The last three are needed by dreams, and always exist. The first two serve nothing but the
-          representation, and exist only if named. The two KL losses always shape the states: with
-          no name at all they are left alone. --probe adds the decoder where it is not named. Then
+          representation, and exist only if named. The two KL losses always shape the states, and
+          with no name at all nothing else does. --probe adds the decoder where it is not named. Then
           it reads a detached state: "losses/rec" measures how much of the observation the state
           still holds, and dreams have pictures.
 

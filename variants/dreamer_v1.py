@@ -4,16 +4,16 @@
         --learning-rate 1e-3 --actor-lr 1e-3 --critic-lr 3e-3 --batch-size 8 --batch-length 16 \
         --train-ratio 10 --total-timesteps 24000       # as measured, 18 minutes
 
-Takes every flag of dreamer.py. Without them, the values are the paper's, and are untried.
+Takes every flag of dreamer.py. Without them, values are the paper's or its code's, and untried:
+classic control then makes 182 updates.
 
 Follows "Dream to Control" (arXiv 1912.01603). Differences from DreamerV3: the world model is that
 of gaussian_model.py, where one KL, above 3 free nats, moves prior and posterior alike. A value is
 the mean of a Gaussian too. The actor's loss is minus the mean λ-return of a dream, whose gradient
 passes through values, rewards and every step to a policy that is the tanh of a Gaussian. Adam has
 a step size for each of world model, actor and critic. There is no slow critic, no loss on replayed
-values, no entropy bonus. Training adds noise to actions, evaluation does not.
-
-Discrete actions: the gradient is straight-through, which is biased. They get no noise.
+values, no entropy bonus. Training adds noise to actions, evaluation does not. Where an action has
+choices there is no noise, and their gradient is straight-through, which is biased.
 
 Deviations: layers, encoder, decoder, continue head, replay and the bounds of the policy's deviation
 are those of dreamer.py; updates come every few steps, not after episodes; free nats count for each
@@ -21,8 +21,9 @@ state, not for the mean of a batch; train_ratio and rec_scale are those of the i
 agc, warmup, ent-coef, anneal-ent and tau have no effect; anneal-lr lowers the step size of the
 world model alone.
 
-Measured: Pendulum-v1, seed 1: from −1,139 after 4,000 steps to −172 ± 127 after 24,000.
+Measured: Pendulum-v1 after 24,000 steps: −172 (seed 1, tuned on), −202 and −150.
 """
+import copy
 import dataclasses
 import sys
 from pathlib import Path
@@ -38,7 +39,7 @@ import gaussian_model
 from dreamer import Tensors
 
 dreamer.SIZES["v1"] = dreamer.Size(
-    deter=200, hidden=400, classes=1, depth=16, units=400, latents=30)
+    deter=200, hidden=200, classes=1, depth=16, units=400, latents=30)
 dreamer.SIZES["v1_small"] = dreamer.Size(  # ours, for a CPU
     deter=128, hidden=64, classes=1, depth=8, units=128, latents=30)
 PAPER: dict[str, Any] = dict(
@@ -74,10 +75,10 @@ class Actor(dreamer.Actor):
 class Adam(torch.optim.Adam):
     """Adam, which first scales the gradient of every group down to a norm of at most 100."""
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes averages and counts alone: step sizes are those of the flags."""
+        """Copies averages and counts alone: step sizes are those of the flags."""
         pairs = zip(self.param_groups, state["param_groups"])
         groups = [own | {"params": saved["params"]} for own, saved in pairs]
-        super().load_state_dict(state | {"param_groups": groups})
+        super().load_state_dict(copy.deepcopy(state) | {"param_groups": groups})
 
     def step(self, closure: None = None) -> Tensors:
         """Returns the norm () of the gradient as it came."""

@@ -12,7 +12,8 @@ therefore 10 · (share of victories − share of defeats). What is not named her
 dreamer_v1.py: batches of 50 × 50, horizon, action noise. --env-id takes other tasks too.
 
 Measured: that games are played, and that the settings are as above (test_hockey_agent.py). Hockey
-itself was not learned. CartPole-v1: 500 in one seed of three; Pendulum-v1: nothing in three.
+itself was not learned. With the flags of dreamer_v1.py's example: CartPole-v1: 500 in one seed of
+three; Pendulum-v1: nothing in three.
 """
 import dataclasses
 import importlib
@@ -47,6 +48,8 @@ class Args(dreamer_v1.Args):
 class Duel(gym.Env):
     """Wraps games.hockey, the game for two, into one for player_0. player_1 is played by `script`,
     "weak" or "strong". Of the rewards only victory and defeat are left."""
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 50}
+
     def __init__(self, script: str = "weak", render_mode: str | None = None):
         hockey = importlib.import_module("games.hockey")
         self.game = hockey.parallel_env(shaping_steps=0, render_mode=render_mode)
@@ -55,7 +58,6 @@ class Duel(gym.Env):
                                      f"{', '.join(self.game.scripts)}")
         self.script = script
         self.render_mode = render_mode
-        self.metadata = self.game.metadata
         self.observation_space = self.game.observation_space("player_0")
         self.action_space = self.game.action_space("player_0")
 

@@ -2,7 +2,7 @@
 
     python variants/masked.py --env-id games.tetris:TetrisPlacements-v0
 
-For environments whose observation is a dict with a key "action_mask": one binary number for every
+For environments whose observation is a dict with the key --mask-key: one binary number for every
 choice of the action space, in the order of its Discrete, MultiDiscrete or MultiBinary entries, 1
 where the choice is allowed now, each entry on its own. The other choices get a logit of −10⁹, hence
 probability 0, see "A Closer Look at Invalid Action Masking in Policy Gradient Algorithms" (Huang
@@ -31,11 +31,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dreamer
 from dreamer import Joint, OneHot, Tensors
 
-MASK = "action_mask"
-
 @dataclasses.dataclass
 class Args(dreamer.Args):
     exp_name: str = "masked"  # name of the experiment, part of the run's name
+    mask_key: str = "action_mask"  # key of the observation that tells which choices are allowed
 
 class MaskedOneHot(OneHot):
     """Categorical over the allowed of C choices: logits (…, C), allowed (…, C) bool."""
@@ -71,14 +70,15 @@ class MaskedActor(dreamer.Actor):
 
 class Masked(dreamer.Dreamer):
     def make_actor_critic(self, feat: int, units: int) -> None:
-        spec = self.observations.specs.get(MASK)
+        key = self.args.mask_key
+        spec = self.observations.specs.get(key)
         discrete = all(kind == "discrete" for kind, _ in self.actions.heads.values())
         if not discrete or spec is None or spec.classes != (2,) * self.actions.size:
             raise dreamer.InputError(
-                f"variants/masked.py needs choices and a mask for them: give {self.actions.space} "
-                f"discrete entries alone, and a dict of observations with the key {MASK!r}, a "
-                f"MultiBinary with one entry for each of {self.actions.size} choices; dreamer.py "
-                "acts without a mask")
+                f"variants/masked.py needs an action space of choices alone (it is "
+                f"{self.actions.space}), and a dict of observations with the key {key!r}, a "
+                "MultiBinary with one entry for each of these choices; dreamer.py acts without a "
+                "mask")
         super().make_actor_critic(feat, units)
         self.actor = MaskedActor(self.predicted_mask, feat, self.actions.heads, units)
 
@@ -89,14 +89,14 @@ class Masked(dreamer.Dreamer):
         deter = feat[..., : self.wm.size.deter]
         stoch = feat[..., self.wm.size.deter :]
         x = decoder.mlp(torch.cat([stoch, deter], -1))
-        logits = decoder.outputs[decoder.vectors.index(MASK)](x).unflatten(-1, (-1, 2))
+        logits = decoder.outputs[decoder.vectors.index(self.args.mask_key)](x).unflatten(-1, (-1, 2))
         return logits[..., 1] > logits[..., 0]
 
     def choose(self, obs: Tensors, state: Tensors, is_first: Tensor,
                noise: dict[str, Any]) -> Tensors:
         """As in dreamer.py, but the action (N, A) is chosen under the true mask."""
         new = super().choose(obs, state, is_first, noise)
-        policy = self.actor(dreamer.features(new), obs[MASK].bool())
+        policy = self.actor(dreamer.features(new), obs[self.args.mask_key].bool())
         return new | {"action": policy.sample(noise["action"])}
 
 if __name__ == "__main__":

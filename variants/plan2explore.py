@@ -15,7 +15,7 @@ REINFORCE. Returns are divided by their range. The ensemble's critic learns in d
 
 Measured: MountainCar-v0 with scaled observations, three seeds. The goal is first reached after 2,200
 to 3,200 steps and then 31 times and more; by the plain agent and with noise after 13,300 at the
-earliest, or never in 14,000. The task itself was hardly learned in them (benchmark/README.md).
+earliest, or never in 14,000. The task itself was hardly learned (flags: benchmark/README.md).
 """
 import dataclasses
 import sys

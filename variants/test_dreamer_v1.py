@@ -301,8 +301,9 @@ def test_the_papers_values_come_before_the_suites_and_flags_before_both():
     assert dreamer_v1.Args.preset("Pendulum-v1", gamma=0.8).gamma == 0.8
     assert args.rec_scale == dreamer.PRESETS["classic_control"]["rec_scale"]
     size = dreamer.SIZES[args.size]
-    assert (size.deter, size.latents, size.hidden, size.units) == (200, 30, 400, 400)
+    assert (size.deter, size.latents, size.hidden, size.units) == (200, 30, 200, 400)
     assert args.core == "gru" and not args.normalize_returns
+    assert args.deterministic and not args.average and not args.anneal_lr
 
 @pytest.mark.parametrize("flags", [["--size", "12m"], ["--core", "rnn"]])
 def test_sizes_and_cores_that_do_not_exist_end_with_status_2(flags, capsys):

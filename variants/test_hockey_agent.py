@@ -1,4 +1,4 @@
-"""hockey_agent.py: what the game for one player passes on, and the plan's values."""
+"""hockey_agent.py: what the game for one player passes on, and the file's values."""
 import importlib
 import math
 import sys
@@ -94,7 +94,7 @@ def test_in_the_real_game_only_the_end_of_an_episode_pays():
         outcomes.add(reward)
     assert len(outcomes) > 1 and obs.shape == (18,)
 
-def test_the_plans_values_come_first_and_all_others_are_those_of_dreamer_v1():
+def test_the_files_values_come_first_and_all_others_are_those_of_dreamer_v1():
     args = dreamer.parse_args(["--actor-lr", "1e-3"], hockey_agent.Args)
     assert args.env_id == "HockeyDuel-v0" and args.actor_lr == 1e-3
     assert hockey_agent.Args.preset("HockeyDuel-v0", gamma=0.8).gamma == 0.8

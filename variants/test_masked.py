@@ -127,7 +127,12 @@ def test_when_acting_only_the_true_mask_counts(deterministic):
     for t in range(15):
         mask = random_masks(8)
         obs = {"action_mask": mask.numpy().astype(np.int8), "x": np.zeros((8, 3), np.float32)}
+        agent.act_rng.manual_seed(t)
         action, state = agent.act(obs, state, np.zeros(8, bool), deterministic)
+        agent.act_rng.manual_seed(t)
+        noise = None if deterministic else agent.acting_noise(8)["action"]
+        policy = agent.actor(dreamer.features(state), mask)
+        assert policy.sample(noise).argmax(-1).tolist() == action.tolist()
         chosen = torch.from_numpy(action)[:, None]
         assert mask.gather(1, chosen).all()
         predicted = agent.predicted_mask(dreamer.features(state))

@@ -115,8 +115,7 @@ def test_where_the_members_have_learned_they_agree_and_elsewhere_they_do_not():
 @pytest.mark.parametrize("weights, exploring", [((0.0, 1.0), True), ((1.0, 0.0), False)])
 def test_without_weight_or_after_exploring_the_actors_loss_is_that_of_the_plain_agent(
         weights, exploring):
-    torch.manual_seed(1)
-    agent = make_agent("plan2explore")  # then with weights of its own
+    agent = make_agent("plan2explore")
     agent.args.intrinsic_weight, agent.args.task_weight = weights
     agent.exploring.fill_(exploring)
     dream, action = dream_of(agent, batch_of(agent))
@@ -126,19 +125,21 @@ def test_without_weight_or_after_exploring_the_actors_loss_is_that_of_the_plain_
     assert torch.equal(ours["policy"], plain["policy"])
     assert torch.equal(ours["value"], plain["value"]) and torch.equal(returns, plain_returns)
 
-def test_the_actors_loss_is_that_of_the_weighted_advantages_of_two_critics():
+@pytest.mark.parametrize("contdisc, gamma", [(True, 1.0), (False, 0.9)])
+def test_the_actors_loss_is_that_of_the_weighted_advantages_of_two_critics(contdisc, gamma):
     """Against a naive computation, dream by dream."""
-    agent = make_agent("plan2explore", intrinsic_weight=3.0, task_weight=1.0, ent_coef=0.1)
+    agent = make_agent("plan2explore", intrinsic_weight=3.0, task_weight=1.0, ent_coef=0.1,
+                       contdisc=contdisc, gamma=0.9)
     near_zero = -0.5 * (torch.arange(255) - 127).abs()  # else values dwarf the rewards
     with torch.no_grad():
         for head in (agent.critic, agent.intrinsic_critic, agent.wm.reward):
             head[-1].bias += near_zero
     dream, action = dream_of(agent, batch_of(agent, size=2))
     losses, _, _ = agent.judge(dream, action)
-    gamma, lam, horizon = 1.0, agent.args.return_lambda, action.shape[1]
+    lam, horizon = agent.args.return_lambda, action.shape[1]
     feat = dreamer.features(dream)
     with torch.no_grad():
-        cont = agent.wm.cont(feat)[..., 0].sigmoid()
+        cont = gamma * agent.wm.cont(feat)[..., 0].sigmoid()
         found = torch.cat([torch.zeros(len(feat), 1), agent.wm.disagreement(dream, action)], 1)
         policy = agent.actor(feat[:, :-1])
         logp, entropy = policy.log_prob(action), policy.entropy()
@@ -149,7 +150,7 @@ def test_the_actors_loss_is_that_of_the_weighted_advantages_of_two_critics():
             future, returns = value[:, -1], []
             for t in reversed(range(horizon)):
                 mixed = (1 - lam) * value[:, t + 1] + lam * future
-                future = reward[:, t + 1] + gamma * cont[:, t + 1] * mixed
+                future = reward[:, t + 1] + cont[:, t + 1] * mixed
                 returns.insert(0, future)
             returns = torch.stack(returns, 1)
             low, high = np.percentile(returns.numpy(), [5, 95])
@@ -157,8 +158,12 @@ def test_the_actors_loss_is_that_of_the_weighted_advantages_of_two_critics():
             scale = max(1.0, 0.01 * (high - low)) if critic is agent.critic else high - low
             advantages.append((returns - value[:, :-1]) / scale)
         mixed = 0.25 * advantages[0] + 0.75 * advantages[1]
-        expected = -cont.cumprod(1)[:, :-1] * (mixed * logp + 0.1 * entropy)
+        weight = cont.cumprod(1)[:, :-1] / gamma
+        expected = -weight * (mixed * logp + 0.1 * entropy)
+        slow = agent.slow_intrinsic(feat).pred()[:, :-1]
+        values = weight * agent.intrinsic_critic(feat[:, :-1]).loss(returns, slow)
     np.testing.assert_allclose(losses["policy"].detach(), expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(losses["intrinsic_value"].detach(), values, rtol=1e-3, atol=1e-4)
 
 def test_critics_and_normalisers_are_separate():
     agent = make_agent("plan2explore")
@@ -224,3 +229,7 @@ def test_a_chance_above_one_is_refused_where_there_are_choices():
 def test_an_ensemble_of_one_is_refused_in_a_sentence():
     with pytest.raises(dreamer.InputError, match="members 1 cannot disagree: take 2 or more"):
         make_agent("plan2explore", members=1)
+
+def test_values_that_no_run_could_use_are_refused_as_in_the_base():
+    with pytest.raises(dreamer.InputError, match="gamma"):
+        make_agent("plan2explore", gamma=2.0)

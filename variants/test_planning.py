@@ -185,7 +185,7 @@ def test_a_saved_run_of_dreamer_is_played_by_planning(tmp_path, monkeypatch):
 @pytest.mark.parametrize("values, words", [
     (dict(plan_elites=9, plan_candidates=8), "plan_elites 9 are more than plan_candidates 8"),
     (dict(plan_horizon=0), "plan_horizon 0: take 1 or more"),
-    (dict(plan_dreams=0), "plan_dreams 0: take 1 or more")])
+    (dict(plan_dreams=0), "plan_dreams 0: take 1 or more"), (dict(gamma=2.0), "gamma")])
 def test_plans_that_cannot_be_made_are_refused_in_a_sentence(values, words):
     with pytest.raises(dreamer.InputError, match=words):
         planner(**values)

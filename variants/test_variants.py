@@ -65,6 +65,7 @@ def test_a_saved_and_loaded_variant_makes_the_identical_next_update(name):
     for ours, theirs in ((metrics, same_metrics), (latents, same_latents)):
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert all(map(torch.equal, agent.parameters(), other.parameters()))
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_variant_trains_saves_resumes_and_is_evaluated_by_the_code_of_the_base(

@@ -139,8 +139,9 @@ def main(args: Args) -> None:
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
+            saved = {"vae": vae.state_dict(), "args": vars(args)}
+            dreamer.save_file(Path(writer.log_dir, "vae.pt"), saved)
         report(vae, test, noise, writer, args.epochs)
-    dreamer.save_file(Path(writer.log_dir, "vae.pt"), {"vae": vae.state_dict(), "args": vars(args)})
 
 if __name__ == "__main__":
     try:
