@@ -1118,7 +1118,8 @@ class Dreamer(nn.Module):
         """One optimizer step on a batch of ReplayBuffer.sample. Returns losses and diagnostics, 0-d
         tensors on the device, and the new latents (B, T, …) for ReplayBuffer.write_back."""
         data = self.training_data(batch)
-        return self.fast_learn(data, self.learning_noise(data))
+        with signals_held() if self.args.compile else contextlib.nullcontext():
+            return self.fast_learn(data, self.learning_noise(data))
 
     def training_data(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         """A sampled batch (B, T + 1, …) on the device: T steps, the actions before them, and the
@@ -1362,6 +1363,19 @@ def faster_in_bfloat16() -> bool:
         x = torch.ones(256, 256, dtype=dtype)
         return min(timeit.repeat(lambda: x @ x, number=1, repeat=50))  # some are not disturbed
     return seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
+
+@contextlib.contextmanager
+def signals_held():
+    """Within it signals wait, and programs begun in it do not get them: a C++ compiler that Ctrl-C
+    ended would leave a broken file in the cache of all compiled runs."""
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 def average_over_processes(tensors: list[Tensor]) -> None:
     """Replaces tensors by their means over the processes of torchrun, in place."""
@@ -1842,6 +1856,7 @@ class Run:
         self.eval_returns = []
         self.metrics = {}
         self.solved = False  # has an evaluation reached stop_at?
+        self.first_log: tuple[float, int] | None = None  # when it was, and after how many updates
         self.announced = False  # how long it will take
         self.above_floor = 0  # last update at which the KL was known to be above its free nats
 
@@ -1878,9 +1893,10 @@ class Run:
         self.updates_owed = self.counters["updates_owed"]
         self.solved = self.counters["solved"] == (args.stop_at, args.total_timesteps)
         if self.finished:
-            done = f"reached {args.stop_at}" if self.solved else f"made its {self.step:,} steps"
-            raise InputError(f"{self.dir} has {done}: raise --total-timesteps, or play it with "
-                             "--evaluate")
+            done, more = ((f"reached {args.stop_at}", "give --stop-at None, or a higher one")
+                          if self.solved else
+                          (f"made its {self.step:,} steps", "raise --total-timesteps"))
+            raise InputError(f"{self.dir} has {done}: {more}, or play it with --evaluate")
         if args.anneal_lr and self.annealed >= 1:
             warnings.warn("the step size was annealed to zero: add --no-anneal-lr to learn on, and "
                           "--no-anneal-ent if the entropy's weight was")
@@ -1959,6 +1975,8 @@ class Run:
               f"{self.ranks} × {self.agent.device}, updates in {number_format}; replay of "
               f"{steps:,} steps on {buffer.device}, "
               f"{steps * buffer.bytes_per_step / 2**30:.2f} GiB when full")
+        if args.compile:
+            print("the first updates are compiled, which takes minutes; Ctrl-C waits for them")
         return writer
 
     def lock_folder(self) -> None:
@@ -2063,19 +2081,15 @@ class Run:
         means = torch.stack([x.float() for x in self.metrics.values()])
         average_over_processes([means])
         values = dict(zip(self.metrics, means.tolist()))
-        now = self.progress()
-        speed = now["updates_per_second"]
+        progress = self.progress()
+        speed = progress["updates_per_second"]
         steps = len(self.buffer)
-        self.record(values | {"charts/SPS": now["sps"], "charts/updates_per_second": speed,
+        self.record(values | {"charts/SPS": progress["sps"], "charts/updates_per_second": speed,
                               "charts/replay_size": steps,
                               "charts/replay_bytes": steps * self.buffer.bytes_per_step})
         self.bar.set_postfix(updates_s=f"{speed:.1f}", returns=np.round(self.episodes[-3:], 1))
-        if not self.announced and not self.finished and self.rank == 0:
-            self.announced = True
-            batch_steps = self.args.batch_size * self.args.batch_length * self.ranks
-            left = (self.args.total_timesteps - self.step) * self.args.train_ratio / batch_steps
-            self.bar.write(f"{left:,.0f} updates to come, about {left / speed / 3600:.1f} hours; a "
-                           "smaller --size, --train-ratio or --total-timesteps takes less")
+        if self.rank == 0 and not self.announced and not self.finished:
+            self.announce()
         floor = self.args.free_nats * self.agent.wm.rssm.kl_groups
         if values["losses/dyn"] > 1.00001 * floor:
             self.above_floor = self.updates
@@ -2089,6 +2103,19 @@ class Run:
             if watched and not math.isfinite(value):
                 raise InputError(f"{name} became {value} by step {self.step}: lower "
                                  "--learning-rate, or --resume from what --checkpoint-every saved")
+
+    def announce(self) -> None:
+        """Says how long the run will take, at its pace since the first record: what came before
+        was slower where it was compiled."""
+        if self.first_log is None:
+            self.first_log = time.time(), self.updates
+        elif made := self.updates - self.first_log[1]:
+            self.announced = True
+            batch_steps = self.args.batch_size * self.args.batch_length * self.ranks
+            left = (self.args.total_timesteps - self.step) * self.args.train_ratio / batch_steps
+            hours = left / made * (time.time() - self.first_log[0]) / 3600
+            self.bar.write(f"{left:,.0f} updates to come, about {hours:.1f} hours; a smaller "
+                           "--size, --train-ratio or --total-timesteps takes less")
 
     def record(self, values: dict[str, Any]) -> None:
         with self.logging():

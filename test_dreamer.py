@@ -1276,6 +1276,28 @@ def test_what_a_recording_fixes_is_recorded_for_each_mode(monkeypatch):
     assert calls == 3 * [True] + 3 * [False]  # all others were replayed
 
 @slow
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="Windows has none")
+def test_a_compiler_does_not_get_the_signals_that_interrupt_the_run(script):
+    got = []
+    before = signal.signal(signal.SIGINT, lambda *_: got.append("signal"))
+    program = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+
+    def learn(data, noise):
+        os.kill(os.getpid(), signal.SIGINT)
+        got.append(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True))
+        return {}, {}
+
+    try:
+        for compile, expected in ((True, "True\n"), (False, "False\n")):
+            agent = script.make_agent(compile=compile)
+            agent.fast_learn = learn
+            agent.update(script.batch(agent))
+            result, = (x for x in got if x != "signal")
+            assert result.stdout == expected and "signal" in got  # which came in the end
+            got.clear()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
 def test_compiled_code_is_not_compiled_anew_when_it_is_recorded(monkeypatch):
     agent = make_agent(perturb=0.1, compile=True, precision="bfloat16")
     stand_in_for_graphs(monkeypatch, lambda _: torch.compiler.set_stance("fail_on_recompile"))
@@ -1669,6 +1691,16 @@ def test_a_video_of_pixels_begins_with_the_first_episode(monkeypatch):
     D.make_env(args, 0, True, "test")().reset()
     D.make_env(args, 1, True, "test")().reset()  # the first alone is filmed
     assert films == [1]
+
+def test_how_long_a_run_takes_is_said_at_its_pace_after_compiling(script, monkeypatch):
+    run = object.__new__(script.module.Run)
+    run.args = script.args_of(total_timesteps=1000, batch_size=4, batch_length=8, train_ratio=16)
+    run.step, run.ranks, run.announced, run.first_log, written = 100, 1, False, None, []
+    run.bar = types.SimpleNamespace(write=written.append)
+    for now, run.updates in ((9000, 5), (9100, 5), (9200, 15)):  # 10 updates in 200 s
+        monkeypatch.setattr(script.module.time, "time", lambda: now)
+        run.announce()
+    assert written[0].startswith("450 updates to come, about 2.5 hours") and run.announced
 
 def test_text_is_left_out_of_observations_with_one_warning_for_all_environments(recwarn):
     D.warn_once.cache_clear()
@@ -2064,7 +2096,7 @@ def test_a_run_that_reached_its_return_is_finished_until_more_is_asked_for(scrip
     values = dict(total_timesteps=60, eval_every=20, stop_at=-1e6)
     assert script.module.main(script.args_of(**values))["global_step"] == 20
     run = str(run_of(folder))
-    with pytest.raises(script.module.InputError, match="has reached -1000000.0: raise"):
+    with pytest.raises(script.module.InputError, match="has reached -1000000.0: give --stop-at"):
         script.module.main(script.args_of(**values, resume=run))
     more = script.args_of(**values | {"total_timesteps": 80}, resume=run)
     assert script.module.main(more)["global_step"] == 40
@@ -3033,7 +3065,8 @@ def rollout(env, choose, episodes=800):
     return total / episodes, np.mean(nats)
 
 @pytest.mark.parametrize("epsilon,actions,length,bayes,oracle,ignorant", [
-    (0.0, 4, 10, 9.25, 10.0, 2.5), (0.3, 4, 10, 6.72458, 7.75, 2.5), (0.5, 3, 4, None, 8 / 3, 4 / 3)])
+    (0.0, 4, 10, 9.25, 10.0, 2.5), (0.3, 4, 10, 6.72458, 7.75, 2.5),
+    (0.5, 3, 4, None, 8 / 3, 4 / 3)])
 def test_hidden_match_has_its_known_values_and_its_bayes_value_is_that_of_a_simulation(
         epsilon, actions, length, bayes, oracle, ignorant):
     env = M.HiddenMatch(epsilon, actions=actions, length=length)

@@ -25,7 +25,7 @@ table = []
 curves = []
 for run in map(Path, args.runs):
     summary = json.loads((run / "summary.json").read_text()) if (run / "summary.json").is_file() else None
-    if summary is None or summary["interrupted"]:
+    if not summary or not summary["eval_returns"]:  # broken off
         continue
     seed = summary["args"]["seed"]
     returns = summary["eval_returns"]
