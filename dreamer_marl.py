@@ -2223,8 +2223,11 @@ class Run:
                 warnings.warn(f"the summary is not saved: {problem}")
             print(f"{self.dir}: {self.step:,} steps, {self.updates:,} updates, "
                   f"{progress['seconds']:.0f} s, evaluation return {self.eval_sentence()}")
-            if interrupted and (self.dir / "agent.pt").is_file():
-                print(f"go on with --resume {self.dir}")
+            if (self.dir / "agent.pt").is_file():
+                if interrupted:
+                    print(f"go on with --resume {self.dir}")
+                elif not self.eval_returns:
+                    print(f"play it with --evaluate {self.dir}")
         if self.lock is not None:
             os.close(self.lock)
         for number, handler in self.handlers.items():

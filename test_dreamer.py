@@ -2342,7 +2342,8 @@ def test_annealing_that_begins_when_a_run_is_continued_begins_at_its_full_value(
     D.main(args_of(total_timesteps=80, resume=str(run_of(folder)), **{flag: True}), Watched)
     np.testing.assert_allclose(seen, np.arange(10) / 10)
 
-def test_a_last_evaluation_that_fails_costs_neither_summary_nor_lock(script, folder, monkeypatch):
+def test_a_last_evaluation_that_fails_costs_neither_summary_nor_lock(
+        script, folder, monkeypatch, capsys):
     def fail(*args, **kwargs):
         raise script.module.InputError("a worker died")
 
@@ -2353,6 +2354,7 @@ def test_a_last_evaluation_that_fails_costs_neither_summary_nor_lock(script, fol
     summary = json.loads((run_of(folder) / "summary.json").read_text())
     assert summary["global_step"] == 60 and not summary["interrupted"]
     assert not summary["eval_returns"] and summary["in_bfloat16"] is False
+    assert f"play it with --evaluate runs/{run_of(folder).name}" in capsys.readouterr().out
     assert before == {number: signal.getsignal(number) for number in script.module.SIGNALS}
     monkeypatch.undo()
     os.chdir(folder)
