@@ -4,8 +4,7 @@
         --learning-rate 1e-3 --actor-lr 1e-3 --critic-lr 3e-3 --batch-size 8 --batch-length 16 \
         --train-ratio 10 --total-timesteps 24000       # as measured, 18 minutes
 
-Takes every flag of dreamer.py. Without them, values are the paper's or its code's, and untried:
-classic control then makes 182 updates.
+Takes every flag of dreamer.py. Without them, values are the paper's or its code's, and untried.
 
 Follows "Dream to Control" (arXiv 1912.01603). Differences from DreamerV3: the world model is that
 of gaussian_model.py, where one KL, above 3 free nats, moves prior and posterior alike. A value is

@@ -125,8 +125,8 @@ def main(args: Args) -> None:
     test = collect(base, args.total_timesteps // 10 + 10, "test")
     noise = torch.randn(len(test), args.latents)
     vae = VAE(test.shape[1:], args.latents, dreamer.SIZES["1m"])
-    name = f"{args.env_id}__vae__{args.seed}__{int(time.time())}".replace("/", "-")
-    with SummaryWriter(args.evaluate or f"runs/{name}") as writer:
+    run = Path("runs", f"{args.env_id}__vae__{args.seed}__{int(time.time())}".replace("/", "-"))
+    with SummaryWriter(args.evaluate or str(run)) as writer:
         if args.evaluate:
             vae.load_state_dict(saved["vae"])
             return report(vae, test, noise, writer, args.epochs)
@@ -139,8 +139,7 @@ def main(args: Args) -> None:
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-            saved = {"vae": vae.state_dict(), "args": vars(args)}
-            dreamer.save_file(Path(writer.log_dir, "vae.pt"), saved)
+            dreamer.save_file(run / "vae.pt", {"vae": vae.state_dict(), "args": vars(args)})
         report(vae, test, noise, writer, args.epochs)
 
 if __name__ == "__main__":
