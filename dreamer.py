@@ -851,8 +851,6 @@ class ReplayBuffer:
             env = env.pin_memory().to(self.device, non_blocking=True)
             row = row.pin_memory().to(self.device, non_blocking=True)
         batch = {name: column[env, row] for name, column in self.data.items()}
-        if self.device == "cpu" and torch.cuda.is_available():
-            batch = {name: x.pin_memory() for name, x in batch.items()}
         return batch | {"env": env, "row": row}
 
     def write_back(self, batch: dict[str, Tensor], **latents: Tensor) -> None:
@@ -1160,7 +1158,7 @@ class Dreamer(nn.Module):
     def training_data(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         """A sampled batch (B, T + 1, …) on the device: T steps, the actions before them, and the
         carry, which is the state before the first one."""
-        x = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
+        x = {k: self.upload(v) for k, v in batch.items()}
         return {"obs": {k[4:]: v[:, 1:] for k, v in x.items() if k.startswith("obs/")},
                 **{k: x[k][:, 1:] for k in ("reward", "is_first", "is_last", "is_terminal")},
                 "prev_action": x["action"][:, :-1],
@@ -1314,11 +1312,11 @@ class Dreamer(nn.Module):
         keeps one."""
         own = [p.detach().clone() for p in self.learned] if self.averages else []
         training = self.training
-        self.eval()
         with torch.no_grad():
-            for p, x in zip(self.learned, self.averages):
-                p.copy_(x)
-            try:
+            try:  # a signal may end this from `eval` on
+                self.eval()
+                for p, x in zip(self.learned, self.averages):
+                    p.copy_(x)
                 yield
             finally:
                 self.train(training)
@@ -1335,7 +1333,11 @@ class Dreamer(nn.Module):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.args.average:  # else the learned weights are played
-            self.averages = [x.to(self.device, copy=True) for x in state["averages"]]
+            fresh = [x.to(self.device, copy=True) for x in state["averages"]]
+            if self.averages and fresh:  # in place, for a CUDA graph knows the addresses
+                torch._foreach_copy_(self.averages, fresh)
+            else:
+                self.averages = fresh
         for name in ("act_rng", "learn_rng"):
             rng = getattr(self, name)
             saved_rng = state[name].cpu()
@@ -1349,10 +1351,12 @@ class Dreamer(nn.Module):
     def uniform(self, rng: torch.Generator, *shape: int) -> Tensor:
         return torch.rand(shape, generator=rng, device=self.device)
 
-    def upload(self, x: np.ndarray) -> Tensor:
-        """Array → tensor on the device, without waiting for the copy."""
+    def upload(self, x: np.ndarray | Tensor) -> Tensor:
+        """Array or tensor → tensor on the device, without waiting for the copy."""
         x = torch.as_tensor(x)
-        return x if self.device.type == "cpu" else x.pin_memory().to(self.device, non_blocking=True)
+        if x.is_cuda or self.device.type == "cpu":
+            return x
+        return x.pin_memory().to(self.device, non_blocking=True)
 
     @functools.cached_property
     def in_bfloat16(self) -> bool:
@@ -1983,6 +1987,7 @@ class Run:
         self.handlers = {}  # of signals, before the run
         self.saving = False
         self.lock: int | None = None  # descriptor of the folder
+        self.ahead = 0  # steps in this process's replay that another's lacks
         self.episodes = []
         self.eval_returns = []
         self.metrics = {}
@@ -2034,6 +2039,10 @@ class Run:
         self.buffer = self.make_buffer(envs.num_envs)
         if args.resume:
             self.load_replay()
+        counts = [self.buffer.count] * self.ranks
+        if self.ranks > 1:  # all begin to learn when the least filled replay lets them
+            distributed.all_gather_object(counts, self.buffer.count)
+        self.ahead = self.buffer.count - min(counts)
         streams = self.buffer.num_envs
         self.enough = max(args.batch_size * args.batch_length, streams * self.buffer.window)
         first = math.ceil(self.enough / streams) * envs.num_envs * self.ranks
@@ -2133,7 +2142,8 @@ class Run:
         """Updates to make after this step: train_ratio / (B·T) for each environment step, once the
         replay holds a batch of different steps and a window of every environment."""
         batch_steps = self.args.batch_size * self.args.batch_length
-        if len(self.buffer) >= self.enough:
+        steps = min(self.buffer.count - self.ahead, self.buffer.rows)
+        if self.buffer.num_envs * steps >= self.enough:
             self.updates_owed += self.envs.num_envs * self.args.train_ratio / batch_steps
         due = int(self.updates_owed)
         self.updates_owed -= due
@@ -2198,11 +2208,14 @@ class Run:
                     preserve_randomness(self.agent.act_rng, self.buffer.generator):
                 save_pictures(self.draw(), self.writer, self.dir, self.step)
         if self.crossed(args.eval_every) and not self.finished:  # else it is evaluated anyway
-            self.evaluate(f"evaluation at {self.step}")
-            solved = [args.stop_at is not None and self.rank == 0
-                      and float(np.mean(self.eval_returns)) >= args.stop_at]
-            if self.ranks > 1:
-                distributed.broadcast_object_list(solved)
+            solved = [False]
+            try:
+                self.evaluate(f"evaluation at {self.step}")
+                solved = [args.stop_at is not None and self.rank == 0
+                          and float(np.mean(self.eval_returns)) >= args.stop_at]
+            finally:  # for the others wait
+                if self.ranks > 1:
+                    distributed.broadcast_object_list(solved)
             self.solved = solved[0]
         if self.crossed(args.checkpoint_every):
             self.save()

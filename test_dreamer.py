@@ -1056,9 +1056,28 @@ def test_evaluations_play_the_average_of_the_weights_and_put_the_learned_ones_ba
             for p, expected in zip(x.learned, mean):
                 close(p, expected)
         same(weights(x), before)
-    assert not {x.data_ptr() for x in agent.averages} & {x.data_ptr() for x in loaded.averages}
+    at = [x.data_ptr() for x in loaded.averages]
+    assert not {x.data_ptr() for x in agent.averages} & set(at)
+    loaded.load_state_dict(agent.state_dict())  # in place: a CUDA graph would know the addresses
+    assert at == [x.data_ptr() for x in loaded.averages]
     with plain.evaluating():
         same(weights(plain), before)
+
+def test_a_signal_while_averages_are_put_in_leaves_the_learned_weights(script):
+    agent = script.make_agent(average=0.25)
+    agent.update(script.batch(agent))
+    before = weights(agent)
+
+    class Late(list):
+        def __iter__(self):
+            yield from itertools.islice(super().__iter__(), 3)
+            raise KeyboardInterrupt
+
+    agent.averages = Late(x + 1 for x in agent.averages)
+    with pytest.raises(KeyboardInterrupt), agent.evaluating():
+        raise AssertionError("not reached")
+    same(weights(agent), before)
+    assert agent.training
 
 def test_an_evaluation_plays_the_averaged_agent(script, monkeypatch):
     args = script.args_of(average=0.5)
@@ -3220,6 +3239,18 @@ def test_members_of_the_pool_share_no_tensors_with_the_learner_and_do_not_change
     same(weights(other.members[0]), before)
     assert other.draw() == pool.draw() and other.next == pool.next
 
+def test_members_of_the_pool_of_a_learner_on_a_gpu_do_not_use_its_compiled_encoder(monkeypatch):
+    agent = make_team(Box(0, 255, (48, 48, 3), np.uint8), seats=2)
+    agent.device = torch.device("cuda")  # where the CNN is compiled too
+    for owner, name in agent.compiled():
+        setattr(owner, name, None)
+    member, = pool_of(members=1, agent=agent).members.values()
+    assert member.device.type == "cpu" and act_of_images(member)["deter"].shape == (2, 64)
+
+def act_of_images(member):
+    player = M.with_noise(member, torch.Generator().manual_seed(0))
+    return player.act(np.zeros((2, 48, 48, 3), np.uint8), None, np.ones(2, bool))[1]
+
 class Numbered(Toy):
     """Also tells which environment it is."""
     numbers = itertools.count()
@@ -3743,7 +3774,13 @@ def test_torchrun_spreads_a_run_over_processes_and_only_as_many_resume_it(script
         replays = [script.module.load_file(run, name) for name in ("replay.pt", "replay1.pt")]
         assert [replay["count"] for replay in replays] == [steps // 4] * 2
         assert not torch.equal(*(torch.stack(replay["data"]["action"]) for replay in replays))
-    flags = ["--resume", str(run), "--total-timesteps", "160"]
+    (run / "replay1.pt").unlink()  # one that was lost delays the updates of both
+    command(*start, "--total-timesteps", "240", "--eval-every", "20")
+    after = summary_of(run)
+    assert after["global_step"] == 240 and after["updates"] > summary["updates"]
+    counts = [script.module.load_file(run, name)["count"] for name in ("replay.pt", "replay1.pt")]
+    assert counts == [60, 30]
+    flags = ["--resume", str(run), "--total-timesteps", "260"]
     args = script.module.parse_args(flags, script.args_class)
     with pytest.raises(script.module.InputError, match="2 processes"):
         script.module.main(args)
