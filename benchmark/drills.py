@@ -350,7 +350,8 @@ def main(script: Literal["dreamer.py", "dreamer_marl.py"] = "dreamer.py", only: 
         print(rows[-1])
     else:
         random.seed(1)
-        for number in (signal.SIGINT, signal.SIGQUIT):  # a shell has what it runs in the background ignore them
+        # a shell has what it runs in the background ignore the first two, and nohup the third
+        for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         rows = [["fault", "survived", "lost"]]
         for name, drill in DRILLS.items():
