@@ -1856,7 +1856,6 @@ class Run:
         self.handlers = {}  # of signals, before the run
         self.saving = False
         self.lock: int | None = None  # descriptor of the folder
-        self.ahead = 0  # steps in this process's replay that another's lacks
         self.episodes = []
         self.eval_returns = []
         self.metrics = {}
@@ -1898,23 +1897,22 @@ class Run:
         self.updates_owed = self.counters["updates_owed"]
         self.solved = self.counters["solved"] == (args.stop_at, args.total_timesteps)
         if self.finished:
-            done, more = ((f"reached {args.stop_at}", "give --stop-at None, or a higher one")
-                          if self.solved else
-                          (f"made its {self.step:,} steps", "raise --total-timesteps"))
-            raise InputError(f"{self.dir} has {done}: {more}, or play it with --evaluate")
+            done = (f"reached {args.stop_at}: give --stop-at None, or a higher one" if self.solved
+                    else f"made its {self.step:,} steps: raise --total-timesteps")
+            raise InputError(f"{self.dir} has {done}, or play it with --evaluate")
         if args.anneal_lr and self.annealed >= 1:
             warnings.warn("the step size was annealed to zero: add --no-anneal-lr to learn on, and "
                           "--no-anneal-ent if the entropy's weight was")
         self.buffer = self.make_buffer(envs.num_envs)
         if args.resume:
             self.load_replay()
-        counts = [self.buffer.count] * self.ranks
+        held = self.buffer.count
+        batch_rows = math.ceil(args.batch_size * args.batch_length / self.buffer.num_envs)
+        self.enough = max(batch_rows, self.buffer.window)
+        first = self.enough * envs.num_envs * self.ranks
         if self.ranks > 1:  # all begin to learn when the least filled replay lets them
-            distributed.all_gather_object(counts, self.buffer.count)
-        self.ahead = self.buffer.count - min(counts)
-        streams = self.buffer.num_envs
-        self.enough = max(args.batch_size * args.batch_length, streams * self.buffer.window)
-        first = math.ceil(self.enough / streams) * envs.num_envs * self.ranks
+            distributed.all_gather_object(counts := [0] * self.ranks, held)
+            self.enough += held - min(counts)
         if args.total_timesteps < first:
             warnings.warn(f"nothing will be learned: the first update needs {first:,} steps in the "
                           f"replay, and total_timesteps are {args.total_timesteps:,}")
@@ -2011,8 +2009,7 @@ class Run:
         """Updates to make after this step: train_ratio / (B·T) for each environment step, once the
         replay holds a batch of different steps and a window of every environment."""
         batch_steps = self.args.batch_size * self.args.batch_length
-        steps = min(self.buffer.count - self.ahead, self.buffer.rows)
-        if self.buffer.num_envs * steps >= self.enough:
+        if self.buffer.count >= self.enough:
             self.updates_owed += self.envs.num_envs * self.args.train_ratio / batch_steps
         due = int(self.updates_owed)
         self.updates_owed -= due
@@ -3137,10 +3134,10 @@ def make_pool(agent: SocialDreamer, args: SocialArgs, run_dir: str | Path, rank:
         pool.add(agent, saved.get("agent"))
     for path in (x for x in args.pool_checkpoints if x not in there):
         member = load_file(path)
-        if (arm := member["args"]["teammate_model"]) != args.teammate_model:
-            raise InputError(f"the agent in {path} was trained with --teammate-model {arm}, and "
-                             f"would play as {args.teammate_model}: give agents of the same")
         try:
+            if (arm := member["args"]["teammate_model"]) != args.teammate_model:
+                raise InputError(f"the agent in {path} was trained with --teammate-model {arm}, and "
+                                 f"would play as {args.teammate_model}: give agents of the same")
             pool.add(agent, member["agent"])
         except (RuntimeError, KeyError) as error:
             reason = str(error).splitlines()[-1].strip()
@@ -3438,6 +3435,7 @@ class SocialRun(Run):
     def __init__(self, args: SocialArgs):
         super().__init__(args)
         self.pool: Pool | None = None
+        self.scripts: tuple[str, ...] = ()  # the names of all
         self.result: dict[str, Any] = {}  # of the last evaluation
 
     def make_buffer(self, streams: int) -> ReplayBuffer:
@@ -3446,7 +3444,7 @@ class SocialRun(Run):
         if args.partners == "pool":
             self.pool = make_pool(self.agent, args, args.resume, self.rank)
         self.table = Table(self.agent, self.envs.num_envs, self.pool,
-                           scripts=seat_spaces(args)[3], purpose=f"training from {self.step}")
+                           scripts=self.scripts, purpose=f"training from {self.step}")
         return super().make_buffer(len(self.table.env))
 
     def reset(self) -> tuple[Any, dict[str, np.ndarray]]:
@@ -3531,7 +3529,7 @@ def main(args: SocialArgs, agent_class: type[SocialDreamer] = SocialDreamer) -> 
     returns the evaluation. Raises InputError for bad input."""
     run = SocialRun(args)
     envs = run.make_envs()
-    observation_space, action_space, seats, _ = seat_spaces(args)
+    observation_space, action_space, seats, run.scripts = seat_spaces(args)
     agent = agent_class(observation_space, action_space, args, seats)
     if args.evaluate:
         envs.close()

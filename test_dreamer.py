@@ -3216,10 +3216,10 @@ def test_a_full_pool_keeps_the_oldest_and_the_newest_and_spreads_the_rest():
     gaps = np.diff(list(pool.members))
     assert gaps.max() <= 24 and sorted(pool.members) == list(pool.members)
 
-def act_of(member):
-    """The state of a partner after a step of its own."""
+def act_of(member, *shape, dtype=np.float32):
+    """The state of a partner after a step of its own, in which it saw ones."""
     player = M.with_noise(member, torch.Generator().manual_seed(0))
-    return player.act(np.ones((2, 3), np.float32), None, np.ones(2, bool))[1]
+    return player.act(np.ones((2, *(shape or (3,))), dtype), None, np.ones(2, bool))[1]
 
 def test_members_of_the_pool_share_no_tensors_with_the_learner_and_do_not_change_with_it():
     agent = make_team(seats=2, perturb=0.2)
@@ -3245,11 +3245,8 @@ def test_members_of_the_pool_of_a_learner_on_a_gpu_do_not_use_its_compiled_encod
     for owner, name in agent.compiled():
         setattr(owner, name, None)
     member, = pool_of(members=1, agent=agent).members.values()
-    assert member.device.type == "cpu" and act_of_images(member)["deter"].shape == (2, 64)
-
-def act_of_images(member):
-    player = M.with_noise(member, torch.Generator().manual_seed(0))
-    return player.act(np.zeros((2, 48, 48, 3), np.uint8), None, np.ones(2, bool))[1]
+    assert member.device.type == "cpu"
+    assert act_of(member, 48, 48, 3, dtype=np.uint8)["deter"].shape == (2, 64)
 
 class Numbered(Toy):
     """Also tells which environment it is."""
@@ -3425,6 +3422,11 @@ def test_agents_of_other_runs_join_the_pool(folder):
     assert list(resumed.members) == [0, 1]
     for name, p in resumed.members[1].named_parameters():
         equal(p, saved[name])
+    with pytest.raises(M.InputError, match="cannot join the pool"):  # of dreamer.py
+        known = M.load_file(run)
+        del known["args"]["teammate_model"]
+        M.save_file(folder / "agent.pt", known)
+        M.make_pool(agent, dataclasses.replace(args, pool_checkpoints=(str(folder),)), "")
     known = M.load_file(run)
     known["args"]["pool_checkpoints"] = (str(run),)
     M.save_file(run / "agent.pt", known)
