@@ -1537,7 +1537,7 @@ def make_env(args: Args, idx: int, capture_video: bool, run_name: str, seed: int
             elif module == "minigrid":  # coloured tiles in place of object codes
                 wrappers = importlib.import_module("minigrid.wrappers")
                 env = wrappers.RGBImgPartialObsWrapper(env, tile_size=8)
-            if record:
+            if record:  # under names of this moment, so that no earlier video is replaced
                 env = gym.wrappers.RecordVideo(env, f"videos/{run_name}", disable_logger=True,
                                                name_prefix=f"{time.time():.0f}")
             if atari:  # an action lasts four frames; the brighter of the last two is seen

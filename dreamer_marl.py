@@ -2979,7 +2979,7 @@ def make_env(args: SocialArgs, idx: int, capture_video: bool, run_name: str, see
         seats = Seats(env, scripts_of(args, env), all_learn=args.partners == "self")
         if record and seats.render_mode != "rgb_array":
             raise InputError(f"{args.env_id} draws no frames: leave out --capture-video")
-        if record:
+        if record:  # under names of this moment, so that no earlier video is replaced
             return gym.wrappers.RecordVideo(seats, f"videos/{run_name}", disable_logger=True,
                                             name_prefix=f"{time.time():.0f}")
         return seats
