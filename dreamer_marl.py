@@ -3509,8 +3509,12 @@ class SocialRun(Run):
         self.eval_returns = result["returns"]
         self.result = {
             "eval_team_return_mean": float(np.mean(result["team_returns"])),
-            "eval_tom": result["tom"], "eval_bayes_return": bayes_return(args),
+            "eval_tom": result["tom"], "eval_bayes_return": self.ideal,
             "eval_partners": evaluate_partners(agent, args, self.pool, run_name) if each else {}}
+
+    @functools.cached_property
+    def ideal(self) -> float | None:
+        return bayes_return(self.args)
 
     def eval_results(self) -> dict[str, Any]:
         return super().eval_results() | self.result
