@@ -65,7 +65,7 @@ import timeit
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Annotated, Any, Callable, Literal, NamedTuple
+from typing import Annotated, Any, Callable, Literal, NamedTuple, get_args, get_origin
 
 import gymnasium as gym
 import numpy as np
@@ -170,6 +170,14 @@ class Args:
     rec_scale: float = 1.0  # weight of the reconstruction loss
     repval_scale: float = 0.3  # weight of the critic's loss on replayed steps
 
+    def __post_init__(self) -> None:
+        """Numbers of NumPy and paths become plain values: no others can be loaded again."""
+        for name, x in list(vars(self).items()):
+            if isinstance(x, np.generic):
+                setattr(self, name, x.item())
+            elif isinstance(x, os.PathLike):
+                setattr(self, name, os.fspath(x))
+
     @classmethod
     def preset(cls, env_id: str, pixels: bool = False, **overrides: Any) -> "Args":
         """Defaults, then the values of the id's suite, then `overrides`."""
@@ -178,8 +186,11 @@ class Args:
 
     def check(self) -> None:
         """Raises InputError for values that no run could use."""
-        if self.size not in SIZES:
-            raise InputError(f"size {self.size!r} does not exist: choose one of {', '.join(SIZES)}")
+        literals = [x for x in dataclasses.fields(self) if get_origin(x.type) is Literal]
+        choices = {x.name: get_args(x.type) for x in literals} | {"size": SIZES}
+        for name, allowed in choices.items():
+            if (x := getattr(self, name)) not in allowed:
+                raise InputError(f"{name} {x!r} does not exist: choose one of {', '.join(allowed)}")
         if self.image_size % 16 or not 48 <= self.image_size <= 256:
             raise InputError(f"image_size {self.image_size}: take a multiple of 16 from 48 to 256")
         if Path(self.exp_name).name != self.exp_name:
@@ -191,7 +202,8 @@ class Args:
         ranges |= dict.fromkeys(positive.split(), (1, 1e12))
         ranges |= dict(batch_length=(2, 1e12), agc=(1e-6, 1e12), gamma=(1e-6, 1), tau=(1e-6, 1),
                        return_lambda=(0, 1), seed=(0, 2**31), stop_at=(-1e12, 1e12),
-                       threads=(0, 1024), imagination_horizon=(1, 1000), learning_rate=(0, 0.1))
+                       threads=(0, 1024), imagination_horizon=(1, 1000), learning_rate=(0, 0.1),
+                       average=(0, 1))
         if self.stop_at is None:
             del ranges["stop_at"]
         elif not self.eval_every:
@@ -818,17 +830,20 @@ class ReplayBuffer:
         return batch | {"env": env, "row": row}
 
     def write_back(self, batch: dict[str, Tensor], **latents: Tensor) -> None:
-        """Replaces the T trained steps of a sampled batch by `latents` (B, T, …) of new weights."""
+        """Replaces the T trained steps of a sampled batch by `latents` (B, T, …) of new weights. Of
+        a step that several windows share, all latents are those of the last one."""
         for name, value in latents.items():
             column = self.data[name]
-            column[batch["env"], batch["row"][:, 1:]] = value.to(self.device, column.dtype)
+            value = value.to(self.device, column.dtype)
+            for env, row, x in zip(batch["env"], batch["row"][:, 1:], value):
+                column[env, row] = x
 
     def state_dict(self) -> dict[str, Any]:
         size = min(self.count, self.rows)
         data = {name: [alone(env[:size].cpu()) for env in column]
                 for name, column in self.data.items()}
         return {"data": data, "count": self.count, "rows": self.rows, "online": list(self.online),
-                "generator": self.generator.get_state()}
+                "window": self.window, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores a saved ring; one of another capacity is unrolled, and its newest steps are
@@ -846,7 +861,8 @@ class ReplayBuffer:
                 for some in steps.split(1000):  # there may be no room for all at once
                     column[(some - earlier) % self.rows] = env[some % state["rows"]].to(self.device)
         self.count = state["count"] - earlier
-        queue = [(env, step - earlier) for env, step in state["online"]]
+        same = state.get("window", self.window) == self.window  # else they would overlap
+        queue = [(env, step - earlier) for env, step in state["online"] if same]
         self.online = collections.deque(
             (env, step) for env, step in queue if 0 <= step <= self.count - self.window)
         self.generator.set_state(state["generator"])
@@ -1029,7 +1045,7 @@ class Dreamer(nn.Module):
         self.wm = self.make_world_model()
         self.make_actor_critic(self.wm.rssm.feat_size, self.wm.size.units)
         self.retnorm = ReturnNormalizer()
-        self.register_buffer("ent_coef", torch.tensor(args.ent_coef), persistent=False)
+        self.register_buffer("ent_coef", torch.tensor(float(args.ent_coef)), persistent=False)
         self.to(self.device)
         self.learned = [p for p in self.parameters() if p.requires_grad]
         self.averages: list[Tensor] = []  # of `learned`, with args.average
@@ -1114,7 +1130,8 @@ class Dreamer(nn.Module):
 
     def update(self, batch: dict[str, Tensor]) -> tuple[Tensors, Tensors]:
         """One optimizer step on a batch of ReplayBuffer.sample. Returns losses and diagnostics, 0-d
-        tensors on the device, and the new latents (B, T, …) for ReplayBuffer.write_back."""
+        tensors on the device, and the new latents (B, T, …) for ReplayBuffer.write_back. On a GPU
+        they last until the next update."""
         data = self.training_data(batch)
         with signals_held() if self.args.compile else contextlib.nullcontext():
             return self.fast_learn(data, self.learning_noise(data))
@@ -1298,7 +1315,10 @@ class Dreamer(nn.Module):
         self.optimizer.load_state_dict(state["optimizer"])
         if self.args.average:  # else the learned weights are played
             fresh = [x.to(self.device, copy=True) for x in state["averages"]]
-            if self.averages and fresh:  # in place, for a CUDA graph knows the addresses
+            if self.averages and not fresh:
+                raise InputError("what is loaded has no averages of the weights, which this agent "
+                                 "has begun: load it into a new one")
+            if self.averages:  # in place, for a CUDA graph knows the addresses
                 torch._foreach_copy_(self.averages, fresh)
             else:
                 self.averages = fresh
@@ -1370,8 +1390,8 @@ def faster_in_bfloat16() -> bool:
 
 @contextlib.contextmanager
 def signals_held():
-    """Within it signals wait, and programs begun in it do not get them: a C++ compiler that Ctrl-C
-    ended would leave a broken file in the cache of all compiled runs."""
+    """Within it this thread takes no signals, and programs begun in it get none: a C++ compiler
+    that Ctrl-C ended would leave a broken file in the cache of all compiled runs."""
     if not hasattr(signal, "pthread_sigmask"):  # on Windows
         yield
         return
@@ -1501,6 +1521,18 @@ class AsyncVectorEnv(gym.vector.AsyncVectorEnv):
             raise InputError(f"the processes of environments {dead} died: see what ended them, "
                              "memory for example") from None
 
+    def _check_spaces(self) -> None:
+        with self.watched():
+            super()._check_spaces()
+
+    def reset_async(self, *args: Any, **kwargs: Any) -> None:
+        with self.watched():
+            super().reset_async(*args, **kwargs)
+
+    def step_async(self, actions: Any) -> None:
+        with self.watched():
+            super().step_async(actions)
+
     def reset_wait(self, timeout: float | None = None) -> tuple:
         with self.watched():
             return super().reset_wait(self.timeout)
@@ -1511,11 +1543,12 @@ class AsyncVectorEnv(gym.vector.AsyncVectorEnv):
 
     def close_extras(self, timeout: float | None = None, terminate: bool = False) -> None:
         """Does not wait for environments that may never answer."""
-        if terminate or not self.healthy:
+        if terminate := terminate or not self.healthy or not all(
+                process.is_alive() for process in self.processes):
             for process in self.processes:
                 process.kill()
             self._state = gym.vector.async_vector_env.AsyncState.DEFAULT
-        super().close_extras(timeout, terminate or not self.healthy)
+        super().close_extras(timeout, terminate)
 
 def make_vector_env(args: Args, num_envs: int, run_name: str, seeds: list[int],
                     capture_video: bool = False) -> gym.vector.VectorEnv:
@@ -1660,7 +1693,7 @@ class ActionCodec:
         else:  # [-1, 1] → [low, high]; the raw sample may lie outside
             unit = (np.clip(x, -1, 1).astype(np.float64).reshape(-1, *space.shape) + 1) / 2
             value = space.low + unit * (space.high.astype(np.float64) - space.low)
-            value = value.round() if np.issubdtype(space.dtype, np.integer) else value
+            value = value.round() if space.dtype.kind in "iub" else value
         return value.astype(space.dtype)
 
 # --------------------------------------------------------- evaluation, pictures and checkpoints
@@ -1782,7 +1815,8 @@ def parse_args(argv: list[str] | None = None, args_class: type[Args] = Args) -> 
     first.add_argument("--pixels", action="store_true")
     first.add_argument("--compile", action=argparse.BooleanOptionalAction)
     known, _ = first.parse_known_args(argv)
-    restarted = bool(known.run_dir) and Path(known.run_dir, "agent.pt").is_file()
+    restarted = (bool(known.run_dir) and not (known.resume or known.evaluate)
+                 and Path(known.run_dir, "agent.pt").is_file())
     run_dir = known.resume or known.evaluate or (known.run_dir if restarted else "")
     try:
         default = (args_class(**load_file(run_dir)["args"]) if run_dir
@@ -1853,6 +1887,7 @@ class Run:
         self.updates = 0
         self.updates_owed = 0.0
         self.signal: int | None = None  # that interrupted the run
+        self.ending = False  # after this step, as all processes know
         self.handlers = {}  # of signals, before the run
         self.saving = False
         self.lock: int | None = None  # descriptor of the folder
@@ -1997,11 +2032,11 @@ class Run:
             except BlockingIOError:
                 raise InputError(f"{self.dir} is used by another process: let it end") from None
 
-    def reset(self) -> tuple[Any, dict[str, np.ndarray]]:
+    def reset(self, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, np.ndarray]]:
         """The first observations, and what arrives with them."""
         n = self.envs.num_envs
         seeds = derive_seeds(self.args.seed, f"reset {self.step}", self.rank, n)
-        obs, _ = self.envs.reset(seed=seeds)
+        obs, _ = self.envs.reset(seed=seeds, options=options)
         no = np.zeros(n, bool)
         return obs, {"reward": np.zeros(n), "is_first": ~no, "is_last": no, "is_terminal": no}
 
@@ -2024,12 +2059,16 @@ class Run:
             raise InputError(f"reward {bad} at step {self.step}: make all rewards finite, for "
                              "example with gymnasium.wrappers.TransformReward")
         self.step += self.envs.num_envs * self.ranks
+        if self.ranks > 1:  # a signal reaches them in different steps, and all must end after one
+            number = torch.tensor(self.signal or 0, device=self.agent.device)
+            distributed.all_reduce(number, distributed.ReduceOp.MAX)
+            self.end_with(int(number))
         return {"reward": reward, "is_first": before["is_last"], "is_last": terminated | truncated,
                 "is_terminal": terminated}
 
     @property
     def finished(self) -> bool:
-        return bool(self.solved or self.signal) or self.step >= self.args.total_timesteps
+        return self.solved or self.ending or self.step >= self.args.total_timesteps
 
     @property
     def annealed(self) -> float:
@@ -2040,11 +2079,19 @@ class Run:
         left = (1 - before["annealed"]) * (1 - (self.step - before["global_step"]) / steps)
         return 1 - left
 
+    def end_with(self, number: int) -> None:
+        """Ends the run after this step if `number` is that of a signal, and not 0."""
+        if number:
+            self.signal = number
+            self.ending = True
+
     def interrupt(self, number: int, frame: Any) -> None:
         """Handles a signal: the run ends after this step, or at once if it is evaluating or asked
-        for the second time. Saving goes on."""
-        again = self.signal is not None
+        for the second time. Saving goes on. Of several processes none ends before the others are
+        told, see `arrive`; torchrun sends a signal once more."""
+        again = self.signal is not None and self.ranks == 1
         self.signal = number
+        self.ending = self.ending or self.ranks == 1
         if not self.agent.training or (again and not self.saving):
             raise KeyboardInterrupt
 
@@ -2057,14 +2104,15 @@ class Run:
         """Records episodes that ended and, when due, losses, pictures, evaluations, checkpoints."""
         args = self.args
         self.metrics = metrics
-        self.bar.update(self.envs.num_envs * self.ranks)
+        with contextlib.suppress(OSError):
+            self.bar.update(self.envs.num_envs * self.ranks)
         if self.writer and not self.dir.is_dir():
             self.dir.mkdir(parents=True)
-            self.bar.write(f"warning: {self.dir} was deleted; what comes now is saved in a new one")
+            self.say(f"warning: {self.dir} was deleted; what comes now is saved in a new one")
         for i in np.flatnonzero(info.get("_episode", ())):
             self.episodes.append(float(info["episode"]["r"][i]))
             if self.rank == 0:
-                self.bar.write(f"global_step={self.step}, episodic_return={self.episodes[-1]:.2f}")
+                self.say(f"global_step={self.step}, episodic_return={self.episodes[-1]:.2f}")
             self.record({"charts/episodic_return": self.episodes[-1],
                          "charts/episodic_length": info["episode"]["l"][i]})
         if metrics and (self.crossed(args.log_every) or self.finished):
@@ -2074,15 +2122,17 @@ class Run:
                     preserve_randomness(self.agent.act_rng, self.buffer.generator):
                 save_pictures(self.draw(), self.writer, self.dir, self.step)
         if self.crossed(args.eval_every) and not self.finished:  # else it is evaluated anyway
-            solved = [False]
+            solved = False
             try:
                 self.evaluate(f"evaluation at {self.step}")
-                solved = [args.stop_at is not None and self.rank == 0
-                          and float(np.mean(self.eval_returns)) >= args.stop_at]
+                solved = (args.stop_at is not None and self.rank == 0
+                          and float(np.mean(self.eval_returns)) >= args.stop_at)
             finally:  # for the others wait
+                told = [solved, self.signal or 0]
                 if self.ranks > 1:
-                    distributed.broadcast_object_list(solved)
-            self.solved = solved[0]
+                    distributed.broadcast_object_list(told)
+                    self.end_with(told[1])
+            self.solved = told[0]
         if self.crossed(args.checkpoint_every):
             self.save()
 
@@ -2097,16 +2147,17 @@ class Run:
         self.record(values | {"charts/SPS": progress["sps"], "charts/updates_per_second": speed,
                               "charts/replay_size": steps,
                               "charts/replay_bytes": steps * self.buffer.bytes_per_step})
-        self.bar.set_postfix(updates_s=f"{speed:.1f}", returns=np.round(self.episodes[-3:], 1))
+        with contextlib.suppress(OSError):
+            self.bar.set_postfix(updates_s=f"{speed:.1f}", returns=np.round(self.episodes[-3:], 1))
         if self.rank == 0 and not self.announced and not self.finished:
             self.announce()
         floor = self.args.free_nats * self.agent.wm.rssm.kl_groups
         if values["losses/dyn"] > 1.00001 * floor:
             self.above_floor = self.updates
         elif self.updates >= self.above_floor + 1000 and self.rank == 0:
-            self.bar.write(f"warning: the KL was at its {floor:g} free nats for "
-                           f"{self.updates - self.above_floor:,} updates, so latents say next to "
-                           "nothing: raise --rec-scale, or lower --free-nats")
+            self.say(f"warning: the KL was at its {floor:g} free nats for "
+                     f"{self.updates - self.above_floor:,} updates, so latents say next to "
+                     "nothing: raise --rec-scale, or lower --free-nats")
             self.above_floor = self.updates
         for name, value in values.items():
             watched = name.startswith("losses/") or name == "diagnostics/grad_norm"
@@ -2124,8 +2175,13 @@ class Run:
             batch_steps = self.args.batch_size * self.args.batch_length * self.ranks
             left = (self.args.total_timesteps - self.step) * self.args.train_ratio / batch_steps
             hours = left / made * (time.time() - self.first_log[0]) / 3600
-            self.bar.write(f"{left:,.0f} updates to come, about {hours:.1f} hours; a smaller "
-                           "--size, --train-ratio or --total-timesteps takes less")
+            self.say(f"{left:,.0f} updates to come, about {hours:.1f} hours; a smaller "
+                     "--size, --train-ratio or --total-timesteps takes less")
+
+    def say(self, text: str) -> None:
+        """Prints above the progress bar. A full disk or a closed terminal costs no more than it."""
+        with contextlib.suppress(OSError):
+            self.bar.write(text)
 
     def record(self, values: dict[str, Any]) -> None:
         with self.logging():
@@ -2148,10 +2204,11 @@ class Run:
 
     def evaluate(self, purpose: str = "evaluation") -> None:
         if self.rank == 0:
+            self.eval_returns = []
             self.eval_returns = evaluate(self.agent, self.args, self.args.eval_episodes,
                                          self.dir.name, self.args.deterministic, purpose=purpose)
             self.record({"eval/episodic_return": np.mean(self.eval_returns)})
-            self.bar.write(f"global_step={self.step}, eval_return={self.eval_sentence()}")
+            self.say(f"global_step={self.step}, eval_return={self.eval_sentence()}")
 
     def eval_results(self) -> dict[str, Any]:
         x = self.eval_returns
@@ -2202,20 +2259,29 @@ class Run:
                     self.handlers[number] = signal.signal(number, self.interrupt)
         return self
 
+    def close_envs(self, terminate: bool) -> None:
+        try:
+            self.envs.close(terminate=terminate)
+        except Exception as problem:  # their own, which says nothing about the agent
+            warnings.warn(f"the environments were not closed: {problem!r}")
+
     def __exit__(self, kind: type | None, error: Any, trace: Any) -> bool:
         interrupted = kind is not None or self.signal is not None
         progress = self.progress()
-        self.bar.close()
+        with contextlib.suppress(OSError):
+            self.bar.close()
         if self.args.save_model:
             self.save()
-        failure = None
+        failure = None  # of what comes now: the summary is written anyway
         try:
-            self.envs.close(terminate=interrupted)
-            if not interrupted and self.signal is None:
+            self.close_envs(terminate=interrupted)
+            if interrupted:
+                self.eval_returns = []  # those there are were of another agent
+            elif self.signal is None:
                 self.evaluate()
-        except KeyboardInterrupt:  # the summary is written anyway
+        except KeyboardInterrupt:
             pass
-        except InputError as problem:
+        except Exception as problem:
             failure = problem
         self.saving = True
         gpu = self.agent.device.type == "cuda"
@@ -2231,13 +2297,13 @@ class Run:
                 self.writer.close()
             except OSError as problem:
                 warnings.warn(f"the summary is not saved: {problem}")
-            print(f"{self.dir}: {self.step:,} steps, {self.updates:,} updates, "
-                  f"{progress['seconds']:.0f} s, evaluation return {self.eval_sentence()}")
+            self.say(f"{self.dir}: {self.step:,} steps, {self.updates:,} updates, "
+                     f"{progress['seconds']:.0f} s, evaluation return {self.eval_sentence()}")
             if (self.dir / "agent.pt").is_file():
                 if interrupted:
-                    print(f"go on with --resume {self.dir}")
+                    self.say(f"go on with --resume {self.dir}")
                 elif not self.eval_returns:
-                    print(f"play it with --evaluate {self.dir}")
+                    self.say(f"play it with --evaluate {self.dir}")
         if self.lock is not None:
             os.close(self.lock)
         for number, handler in self.handlers.items():
@@ -2642,8 +2708,9 @@ class HiddenMatch:
     def __init__(self, epsilon: float = 0.3, q: float = 0.0, actions: int = 4, length: int = 10):
         if not (0 <= epsilon <= 1 and 0 <= q <= 1):
             raise InputError(f"epsilon {epsilon} and q {q} must be probabilities from 0 to 1")
-        if actions < 2 or length < 1:
-            raise InputError(f"actions {actions} must be 2 or more, length {length} 1 or more")
+        for name, value, least in (("actions", actions, 2), ("length", length, 1)):
+            if type(value) is not int or value < least:
+                raise InputError(f"{name} {value!r} must be a whole number, {least} or more")
         self.q = q
         self.actions = actions
         self.length = length
@@ -2702,8 +2769,10 @@ class HiddenMatch:
 
     def bayes_return(self, scripts: tuple[str, ...]) -> float | None:
         """Exact expected return of an ideal observer, which plays what is likeliest at every step;
-        the mean over all that a partner may do. None unless just all favourites are met."""
-        if set(scripts) != set(self.favourites):
+        the mean over all that a partner may do. None unless just all favourites are met, and
+        where more than 100,000 histories are possible, which would take minutes."""
+        possible = math.comb(self.length + self.actions - 1, self.actions - 1)
+        if set(scripts) != set(self.favourites) or possible > 100_000:
             return None
         value = 0.0
         histories = {(0,) * self.actions: 1.0}  # counts → probability; their order does not matter
@@ -2875,6 +2944,8 @@ class Seats(gym.Env):
         game_seed = None if seed is None else int(self.np_random.integers(2**31))
         obs, _ = self.env.reset(seed=game_seed, options=options)
         self.here = np.array([name in self.env.agents for name in self.names])
+        if self.here.any() and not self.here[self.learner]:
+            self.learner = int(self.np_random.choice(np.flatnonzero(self.here)))
         self.returns = np.zeros(seats)
         self.length = 0
         return self.view(obs, {}, {}, {}), {}
@@ -3447,12 +3518,10 @@ class SocialRun(Run):
                            scripts=self.scripts, purpose=f"training from {self.step}")
         return super().make_buffer(len(self.table.env))
 
-    def reset(self) -> tuple[Any, dict[str, np.ndarray]]:
+    def reset(self, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, np.ndarray]]:
         """Also tells games with shaped rewards how many steps each environment has made before."""
-        _, arrived = super().reset()
         made = self.step // (self.envs.num_envs * self.ranks)
-        obs, _ = self.envs.reset(options={"steps": made})
-        return obs, arrived
+        return super().reset((options or {}) | {"steps": made})
 
     def log(self, metrics: Tensors, info: dict[str, Any]) -> None:
         for i in np.flatnonzero(info.get("_episode", ())):
@@ -3498,29 +3567,32 @@ class SocialRun(Run):
         self.record({f"eval/tom_{name}": x for name, x in result["eval_tom"].items()})
         self.record({f"eval/return_with_{name}": x["return"]
                      for name, x in result["eval_partners"].items()})
-        self.bar.write(f"global_step={self.step}, eval_return={self.eval_sentence()}")
+        self.say(f"global_step={self.step}, eval_return={self.eval_sentence()}")
 
     def assess(self, agent: SocialDreamer, run_name: str, capture_video: bool = False,
                each: bool = False, purpose: str = "evaluation") -> None:
         """Evaluates with the partners of training and, if `each`, with each one alone."""
         args = self.args
+        self.eval_returns = []
         result = evaluate(agent, args, args.eval_episodes, run_name, args.deterministic,
                           capture_video, pool=self.pool, purpose=purpose)
         self.eval_returns = result["returns"]
-        self.result = {
+        self.result = {  # an interruption may end what comes then
             "eval_team_return_mean": float(np.mean(result["team_returns"])),
-            "eval_tom": result["tom"], "eval_bayes_return": self.ideal,
-            "eval_partners": evaluate_partners(agent, args, self.pool, run_name) if each else {}}
+            "eval_tom": result["tom"], "eval_bayes_return": self.ideal, "eval_partners": {}}
+        if each:
+            partners = evaluate_partners(agent, args, self.pool, run_name)
+            self.result["eval_partners"] = partners
 
     @functools.cached_property
     def ideal(self) -> float | None:
         return bayes_return(self.args)
 
     def eval_results(self) -> dict[str, Any]:
-        return super().eval_results() | self.result
+        return super().eval_results() | (self.result if self.eval_returns else {})
 
     def eval_sentence(self) -> str:
-        if not self.result:
+        if not self.eval_returns:
             return super().eval_sentence()
         ideal = self.result["eval_bayes_return"]
         known = f", ideal observer {ideal:.2f}" if ideal is not None else ""

@@ -18,6 +18,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -30,11 +31,13 @@ import types
 import warnings
 from pathlib import Path
 
+import cloudpickle
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import tqdm
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.distributions import Categorical, Independent, kl_divergence
@@ -384,6 +387,16 @@ def test_write_back_changes_exactly_the_trained_rows_of_the_sampled_windows():
         sign = -1 if (e, t) in written else 1
         equal(replay.data["stoch"][e, row], torch.tensor([sign * (1000 * e + t)] * 2))
 
+def test_steps_that_several_windows_share_get_all_their_latents_from_the_last_one():
+    replay = integers(capacity=30, envs=1, steps=10)
+    batch = {"env": torch.zeros(3, 1, dtype=torch.long), "row": torch.arange(5).repeat(3, 1)}
+    batch["row"] += torch.tensor([[2], [0], [1]])
+    number = torch.arange(1, 4)[:, None].expand(3, 4)
+    replay.write_back(batch, stoch=-number[..., None].expand(3, 4, 2), t=-number)
+    expected = [0, -2, -3, -3, -3, -3, -1, 7, 8, 9]
+    equal(replay.data["t"][0, :10], expected)
+    equal(replay.data["stoch"][0, 1:7, 1], expected[1:7])
+
 def test_a_saved_replay_takes_the_space_of_what_it_holds_and_is_not_copied(tmp_path):
     for capacity, steps in ((300_000, 20), (60, 33)):
         replay = integers(capacity=capacity, steps=steps)
@@ -431,6 +444,9 @@ def test_a_ring_of_another_capacity_is_unrolled_and_keeps_the_newest_steps(capac
     longer = integers(length=11)  # for which the newest windows of the queue have no end yet
     longer.load_state_dict(saved)
     assert (longer.sample(16)["t"].diff(dim=1) == 1).all()
+    shorter = integers(length=2)  # of which those of the queue would begin too far apart
+    shorter.load_state_dict(saved)
+    assert not shorter.online
     with pytest.raises(D.InputError, match="layout"):
         integers(envs=2).load_state_dict(saved)
 
@@ -1025,7 +1041,7 @@ def test_the_step_size_is_constant_or_falls_linearly_to_zero_over_the_run():
 
 @pytest.mark.parametrize("anneal_ent, expected", [(False, [2, 2, 2]), (True, [2, 1.5, 0])])
 def test_the_entropy_weighs_the_same_or_falls_linearly_to_zero_over_the_run(anneal_ent, expected):
-    agent = make_agent(perturb=0.3, ent_coef=2.0, anneal_ent=anneal_ent)
+    agent = make_agent(perturb=0.3, ent_coef=2, anneal_ent=anneal_ent)
     inputs = learning_inputs(agent, batch_of(agent))
     losses = []
     for weight in (2.0, *expected):
@@ -1060,6 +1076,8 @@ def test_evaluations_play_the_average_of_the_weights_and_put_the_learned_ones_ba
     assert not {x.data_ptr() for x in agent.averages} & set(at)
     loaded.load_state_dict(agent.state_dict())  # in place: a CUDA graph would know the addresses
     assert at == [x.data_ptr() for x in loaded.averages]
+    with pytest.raises(script.module.InputError, match="no averages"):  # that began none
+        loaded.load_state_dict(plain.state_dict())
     with plain.evaluating():
         same(weights(plain), before)
 
@@ -1644,6 +1662,8 @@ def test_actions_fill_asymmetric_bounds_start_offsets_and_integer_boxes():
     assert np.array_equal(box, [[-2, 6], [1, 5]]) and box.dtype == np.float32
     assert np.array_equal(choice, [7, 5]) and np.array_equal(several, [[1, -1], [0, 1]])
     assert np.array_equal(integer, [[8], [10]]) and integer.dtype == np.int32  # 7.5 becomes even
+    switches = D.ActionCodec(Box(0, 1, (4,), np.bool_)).decode(np.float32([[-0.9, -0.2, 0.3, 2]]))
+    assert np.array_equal(switches, [[False, False, True, True]]) and switches.dtype == np.bool_
 
 # --------------------------------------------------------------------- environments and their seeds
 
@@ -1671,7 +1691,11 @@ class Picture(Lengths):
 
     render = see
 
-for kind in (Sized, Words, WordsAndNumbers, Picture):
+class Broken(Picture):
+    def __init__(self, render_mode=None):
+        raise ValueError("size must be odd")
+
+for kind in (Sized, Words, WordsAndNumbers, Picture, Broken):
     register(kind.__name__, kind)
 
 def test_a_kl_that_stays_at_its_free_nats_is_warned_of_every_thousand_updates(script):
@@ -1747,6 +1771,13 @@ def test_dm_control_is_filmed_by_camera_0_and_the_quadruped_by_camera_2(
     assert asked[1]["render_kwargs"] == render_kwargs | {"camera_id": 1}
     assert np.array_equal(env.reset()[0], Picture().see())
 
+def test_what_makes_an_environment_can_be_sent_to_a_process_that_is_not_forked(script):
+    args = script.args_of()
+    thunk = script.module.make_env(args, 0, False, "test")
+    sent = pickle.loads(cloudpickle.dumps(functools.partial(script.module.in_worker, 0, thunk)))
+    sent = sent.args[1]
+    sent().reset(seed=1)
+
 def test_atari_begins_with_0_to_30_steps_of_doing_nothing_that_the_seed_fixes(monkeypatch):
     class Counter(Lengths):
         def reset(self, seed=None, options=None):
@@ -1795,6 +1826,21 @@ def test_workers_and_steps_in_two_calls_give_the_same_experience_as_steps_in_one
         envs.close()
         streams.append(np.concatenate([x.ravel() for x in stream]))
     assert np.array_equal(streams[0], streams[1]) and np.array_equal(streams[0], streams[2])
+
+@pytest.mark.parametrize("moment", ["reset", "step"])
+def test_a_worker_that_died_while_it_waited_is_an_input_error_and_the_rest_is_closed(moment):
+    args = args_of(env_id="CartPole-v1", vectorization="async")
+    envs = D.make_vector_env(args, 2, "test", [5, 6])
+    envs.reset(seed=3)
+    envs.processes[1].kill()
+    envs.processes[1].join()
+    with pytest.raises(D.InputError, match=r"environments \[1\] died"):
+        envs.reset() if moment == "reset" else envs.step(np.array([0, 1]))
+    envs.close()
+    envs = D.make_vector_env(args, 2, "test", [5, 6])
+    envs.processes[0].kill()
+    envs.processes[0].join()
+    envs.close()  # even if nothing was asked of it
 
 class Global(Lengths):
     """Draws what it shows from the global generators, as some environments do."""
@@ -1957,7 +2003,7 @@ MISTAKES = {  # what was done, and what the message must name
     "a replay on a GPU that is not used": (
         lambda: args_of(buffer_device="cuda").check(), "buffer_device.*cuda"),
     "an environment that does not render": (
-        lambda: make_env("test/Lengths-v0", pixels=True), "cannot be rendered"),
+        lambda: make_env("test/Lengths-v0", pixels=True), "cannot be made or rendered"),
     "a replay of too few rows": (
         lambda: D.ReplayBuffer(100, 4, 25, {}), "batch_length 25.*25 steps"),
     "a replay that no memory holds": (
@@ -1974,6 +2020,10 @@ MISTAKES = {  # what was done, and what the message must name
         lambda: make_env("test/Sized-v0", env_kwargs='{"colour": 1}'), "env-kwargs.*colour"),
     "a missing argument of the environment": (
         lambda: make_env("test/Sized-v0"), "env-kwargs.*'size'"),
+    "a path in place of a module": (lambda: make_env("./mine:Tiny-v0"), "'./mine'.*module:id"),
+    "an environment with a mistake of its own, in pixels": (
+        lambda: make_env("test/Broken-v0", pixels=True), "ValueError: size must be odd"),
+    "a number format of another name": (lambda: args_of(precision="fp32").check(), "'fp32'.*auto"),
     "arguments of the environment that are no object": (
         lambda: args_of(env_kwargs="[1]").check(), r"\[1\].*JSON object")}
 
@@ -1985,7 +2035,7 @@ def test_bad_input_is_an_input_error_that_names_it(mistake):
 
 @pytest.mark.parametrize("name,value", dict(
     threads=2000, imagination_horizon=5000, learning_rate=-1.0, gamma=1.5, return_lambda=3.0,
-    tau=7.0, agc=0.0, seed=-1,
+    tau=7.0, agc=0.0, seed=-1, average=5.0,
     free_nats=-1.0, train_ratio=float("nan"), eval_every=-5, batch_length=1, num_envs=0).items())
 def test_a_number_outside_of_its_range_is_an_input_error_that_names_both(script, name, value):
     with pytest.raises(script.module.InputError, match=f"{name}.*{value:g}"):
@@ -2299,6 +2349,67 @@ def test_a_final_evaluation_that_is_interrupted_still_leaves_a_summary(folder, m
     monkeypatch.setattr(D, "evaluate", lambda *args, **kwargs: break_off())
     assert D.main(args_of())["eval_returns"] == []
     assert summary_of(run_of(folder))["updates"] > 5
+
+def test_what_a_last_evaluation_has_found_is_in_the_summary_if_its_rest_is_interrupted(
+        folder, monkeypatch):
+    monkeypatch.setattr(M, "evaluate_partners", lambda *args: break_off())
+    summary = M.main(team_args(eval_every=30))
+    returns = summary["eval_returns"]
+    assert summary["eval_partners"] == {}
+    assert summary["eval_team_return_mean"] == pytest.approx(2 * np.mean(returns))
+
+def test_every_environment_is_reset_once_when_a_run_begins(script, folder, monkeypatch):
+    asked = []
+
+    class Counted(script.module.SyncVectorEnv):
+        def reset(self, *, seed=None, options=None):
+            asked.append((seed, options))
+            return super().reset(seed=seed, options=options)
+
+    monkeypatch.setattr(script.module, "SyncVectorEnv", Counted)
+    script.module.main(script.args_of(total_timesteps=20, eval_episodes=1))
+    (seeds, options), *_ = asked
+    assert len(seeds) == 2 and options == ({"steps": 0} if script.module is M else None)
+    assert len([x for x in asked if len(x[0]) == 2]) == 1
+
+def test_environments_that_cannot_be_closed_cost_neither_evaluation_nor_summary(
+        script, folder, monkeypatch):
+    class Stuck(script.module.SyncVectorEnv):
+        def close_extras(self, **kwargs):
+            if not self.closed and len(self.envs) == 2:
+                raise RuntimeError("window is gone")
+
+    monkeypatch.setattr(script.module, "SyncVectorEnv", Stuck)
+    with pytest.warns(UserWarning, match="not closed.*window is gone"):
+        script.module.main(script.args_of(total_timesteps=20, eval_episodes=3))
+    assert len(summary_of(run_of(folder))["eval_returns"]) == 3
+
+def test_the_summary_of_an_interrupted_run_has_no_evaluation_of_an_earlier_agent(script, folder):
+    agent_class = interrupted_by(script, lambda: send(signal.SIGINT), at=9)
+    summary = script.module.main(script.args_of(eval_every=20), agent_class)
+    assert summary["interrupted"] and summary["eval_returns"] == []
+    assert summary["eval_return_mean"] is None and "eval_tom" not in summary
+
+def test_a_run_whose_output_cannot_be_written_goes_on(script, folder, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    for name in ("write", "update", "set_postfix", "close"):
+        monkeypatch.setattr(tqdm.tqdm, name, fail)
+    assert script.module.main(script.args_of(total_timesteps=60))["global_step"] == 60
+
+def test_arguments_of_numpy_and_paths_are_saved_as_plain_ones(script, folder):
+    values = dict(learning_rate=np.float64(1e-3), batch_size=np.int64(2), run_dir=folder / "mine")
+    script.module.main(script.args_of(total_timesteps=60, **values))
+    saved = script.module.load_file("mine")["args"]
+    assert saved["run_dir"] == str(folder / "mine") and type(saved["batch_size"]) is int
+
+def test_a_folder_to_begin_in_and_another_to_resume_are_not_mixed(script, folder):
+    script.module.main(script.args_of(total_timesteps=60, run_dir="mine"))
+    for flag in ("--resume", "--evaluate"):
+        args = script.module.parse_args(["--run-dir", "mine", flag, "mine"], script.args_class)
+        with pytest.raises(script.module.InputError, match="give one"):
+            args.check()
 
 def test_the_same_command_begins_a_run_and_goes_on_with_it(script, folder):
     flags = ["--run-dir", "mine", *FLAGS, "--total-timesteps"]
@@ -3012,6 +3123,16 @@ def test_the_learner_sits_in_random_seats_and_scripts_are_drawn_anew_for_every_e
         scripts.add(int(obs["script"][1 - learner]))
     assert learners == {0, 1} and scripts == {0, 1, 2, 3}
 
+def test_the_learner_is_one_of_those_who_are_there_when_the_episode_begins():
+    class Late(Toy):
+        def reset(self, seed=None, options=None):
+            super().reset(seed, options)
+            self.agents = self.possible_agents[1:]
+            return self.see(self.agents, {}), {a: {} for a in self.agents}
+
+    seats = M.Seats(Late())
+    assert {int(seats.reset(seed=i)[0]["learner"]) for i in range(20)} == {1, 2}
+
 def test_seat_script_and_noise_of_the_game_are_independent():
     seats, counts = M.Seats(M.HiddenMatch(0.3), ("0", "1", "2", "3")), np.zeros((2, 4, 4))
     for seed in range(4000):  # every episode with a seed of its own, as in an evaluation
@@ -3094,6 +3215,7 @@ def test_hidden_match_has_its_known_values_and_its_bayes_value_is_that_of_a_simu
     ret, nats = hidden_match_values(epsilon, actions, length)
     close(env.bayes_return(env.favourites), ret)
     assert env.bayes_return(env.scripts) is None  # of "mixed" it says nothing
+    assert M.HiddenMatch(length=200).bayes_return(env.favourites) is None  # it would take minutes
     if epsilon:  # after a very long game, too
         belief = env.predict([300] * (actions - 1) + [3000], env.favourites)
         close(belief, env.table[str(actions - 1)])
@@ -3601,6 +3723,12 @@ def test_what_an_agent_of_a_team_cannot_observe_is_an_input_error(monkeypatch, s
     with pytest.raises(M.InputError, match=named):
         M.seat_spaces(team_args(partners="self"))
 
+@pytest.mark.parametrize("kwargs", [{"length": 10.0}, {"length": 2.5}, {"actions": 1}])
+def test_hidden_match_is_made_of_whole_numbers(kwargs):
+    (name, value), = kwargs.items()
+    with pytest.raises(M.InputError, match=f"{name} {value}.*whole"):
+        M.HiddenMatch(**kwargs)
+
 def test_one_seat_is_an_input_error():
     with pytest.raises(M.InputError, match="seats 1"):
         make_team(seats=1)
@@ -3740,6 +3868,36 @@ def test_the_optimum_is_learned_within_600_updates_when(name, seed):
         if step > 40 and score > enough:
             return
     raise AssertionError(f"return {score} after {step + 1} updates")
+
+SLOW_IN_ONE_PROCESS = """
+import os, time
+import gymnasium as gym
+from gymnasium.envs.classic_control import CartPoleEnv
+class Slow(CartPoleEnv):
+    def step(self, action):
+        time.sleep(0.3 * int(os.environ["RANK"]))
+        return super().step(action)
+gym.register("Slow-v0", Slow, max_episode_steps=100)
+"""
+
+@beside
+def test_a_signal_to_processes_at_different_steps_ends_both_after_the_same_one(folder):
+    (folder / "slow.py").write_text(SLOW_IN_ONE_PROCESS)
+    start = ["-m", "torch.distributed.run", "--nproc-per-node", "2", D.__file__, *FLAGS]
+    flags = ["--env-id", "slow:Slow-v0", "--run-dir", "mine", "--total-timesteps", "1e5"]
+    process = subprocess.Popen(
+        [sys.executable, *start, *flags], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        text=True, start_new_session=True, env=os.environ | {"PYTHONPATH": str(folder)})
+    try:
+        next(line for line in process.stdout if "episodic_return" in line)  # both learn by now
+        os.killpg(process.pid, signal.SIGINT)
+        process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert summary_of(folder / "mine")["signal"] == signal.SIGINT
+    steps = [D.load_file("mine", name)["step"] for name in ("replay.pt", "replay1.pt")]
+    assert steps == [D.load_file("mine")["counters"]["global_step"]] * 2
 
 FLAGS = ["--size", "1m", "--num-envs", "2", "--batch-size", "2", "--batch-length", "8",
          "--train-ratio", "4", "--eval-episodes", "2", "--video-every", "0", "--threads", "1",

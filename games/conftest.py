@@ -68,6 +68,7 @@ class Cook:
 class Forest:
     """What the adapter uses of lbforaging: food is eaten in step `eaten`; time is up in step 5."""
     eaten = 9
+    players = ()
     action_space = Tuple((Discrete(6), Discrete(6)))
     observation_space = Tuple((Box(-9, 9, (3,)), Box(-9, 9, (3,))))
 

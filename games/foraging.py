@@ -75,6 +75,8 @@ class Foraging:
 
     def reset(self, seed: int | None = None, options: dict[str, Any] | None = None):
         """Returns (observations, infos). There is nothing that options could change."""
+        for player in self.game.players:  # who stands there still would change what is drawn
+            player.position = None
         observations, _ = self.game.reset(seed=seed)
         self.agents = list(self.possible_agents)
         return self.by_agent(observations), {agent: {} for agent in self.agents}

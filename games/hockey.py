@@ -38,9 +38,9 @@ class Hockey:
 
     def __init__(self, shaping_steps: int = 0, repeat: int = 1, keep_mode: bool = True,
                  render_mode: str | None = None, **kwargs: Any):
-        if shaping_steps < 0 or repeat < 1:
+        if shaping_steps < 0 or type(repeat) is not int or repeat < 1:
             raise ValueError(f"games.hockey: shaping_steps {shaping_steps} must be at least 0, "
-                             f"repeat {repeat} at least 1")
+                             f"repeat {repeat} a whole number of at least 1")
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"games.hockey: render_mode {render_mode!r} must be rgb_array or None")
         try:

@@ -81,6 +81,7 @@ def test_a_seed_fixes_the_game_and_its_scripts_and_nothing_else_is_drawn_from(pa
     ("foraging", {"env_id": "x"}, "'x'.*Foraging-8x8"), ("foraging", {"penalty": -1}, "negative"),
     ("foraging", {"env_id": "CartPole-v1"}, "another game"),
     ("hockey", {"shaping_steps": -1}, "shaping_steps -1"), ("hockey", {"repeat": 0}, "repeat 0"),
+    ("hockey", {"repeat": 2.5}, "repeat 2.5"),
     ("hockey", {"render_mode": "x"}, "'x'"),
     *((name, {"render_mode": "rgb_array"}, "no frames") for name in GAMES if name != "hockey")])
 def test_an_unusable_value_is_a_value_error_that_names_it(stand_ins, name, kwargs, message):
