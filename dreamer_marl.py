@@ -1467,8 +1467,9 @@ def explain_failure(name: str, packages: str, rendering: bool = False):
     except Exception as error:  # renderers raise anything
         if not rendering or isinstance(error, InputError):
             raise
-        raise InputError(f"{name} cannot be rendered here ({error}): MUJOCO_GL=egl may help, else "
-                         "leave out --pixels and --capture-video") from None
+        raise InputError(f"{name} cannot be made or rendered here ({type(error).__name__}: {error}"
+                         "): if it is the renderer, MUJOCO_GL=egl may help, else leave out --pixels "
+                         "and --capture-video") from error
 
 class SyncVectorEnv(gym.vector.SyncVectorEnv):
     """Steps in this process, with the two calls of AsyncVectorEnv."""
