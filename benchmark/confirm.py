@@ -36,8 +36,8 @@ for run in map(Path, args.runs):
     scalars = EventAccumulator(str(run)).Reload().Scalars("eval/episodic_return")
     # the last one is that of the end, in fresh episodes
     curves += [dict(seed=seed, step=x.step, evaluation=round(x.value, 2)) for x in scalars[:-1]]
-if not table:
-    sys.exit("error: none of these runs has ended")
+if not table or not curves:
+    sys.exit("error: none of these runs has ended, or none was evaluated while it learned: give --eval-every")
 table.sort(key=lambda row: row["seed"])
 curves.sort(key=lambda row: (row["seed"], row["step"]))
 for name, rows in {".csv": table, "_curves.csv": curves}.items():

@@ -38,6 +38,8 @@ class Pathwise(dreamer.Dreamer):
 
     def for_the_actor(self, loss):
         """`loss`, of which world model and critic, which it came through, get no gradient."""
+        if not loss.requires_grad:  # in the pass of `accumulate` that only collects returns
+            return loss
         params = list(self.actor.parameters())
         grads = torch.autograd.grad(loss, params)
         linear = sum((grad.detach() * p).sum() for grad, p in zip(grads, params))

@@ -5,7 +5,8 @@
     python benchmark/plot.py --out dmc.png --bins 3 --steps 30000 --repeat 2 "ours=s1.csv" "official=official.csv:TASK"
 
 Line: the mean over seeds of the values of a tag, each first averaged over equal stretches of the run; shade: from the
-lowest seed to the highest. file.csv:TASK is a task of a file of official curves (task, seed, frame, return).
+lowest seed to the highest. file.csv:TASK is a task of a file of official curves (task, seed, frame, return); beside
+these a stretch's mean stands at its end, as theirs do in the author's plots (embodied/scripts/plot.py).
 """
 import argparse
 import csv
@@ -32,20 +33,24 @@ def load(source: str, tag: str, steps: int, repeat: int) -> list[Curve]:
             for seed in sorted({r["seed"] for r in rows})]
 
 
-def average(curve: Curve, bins: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+def average(curve: Curve, bins: int, length: int, at_ends: bool) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of a curve; with bins, their means over stretches of the run (bins,), NaN where nothing is."""
     steps, values = map(np.array, zip(*curve))
     if not bins:
         return steps, values
     edges = np.linspace(0, length or steps.max(), bins + 1)
     place = np.clip(np.searchsorted(edges, steps), 1, bins) - 1
+    if at_ends:  # a stretch of which a run has not made half is left out
+        made = edges[place] + edges[1] / 2 <= steps.max()
+        place, values, steps = place[made], values[made], edges[1 + place[made]]
     return tuple(np.array([x[place == i].mean() if (place == i).any() else np.nan for i in range(bins)])
                  for x in (steps, values))
 
 
-def draw(axes: plt.Axes, label: str, curves: list[Curve], bins: int, length: int, color: str | None = None) -> None:
+def draw(axes: plt.Axes, label: str, curves: list[Curve], bins: int, length: int, at_ends: bool,
+         color: str | None = None) -> None:
     """The line and the shade of some seeds' curves."""
-    seeds = [average(curve, bins, length) for curve in curves]
+    seeds = [average(curve, bins, length, at_ends) for curve in curves]
     shared = min(len(steps) for steps, _ in seeds)
     steps, values = (np.array([x[:shared] for x in part]) for part in zip(*seeds))
     met = ~np.isnan(values).all(0)  # stretches in which some seed has a value
@@ -66,6 +71,7 @@ def main() -> None:
     parser.add_argument("--title", default="", help="what it shows")
     args = parser.parse_args()
 
+    official = any(".csv:" in curve for curve in args.curves)
     figure, axes = plt.subplots(figsize=(7, 3.5))
     for curve in args.curves:
         label, _, source = curve.rpartition("=")
@@ -75,7 +81,7 @@ def main() -> None:
                           color="gray")
             continue
         loaded = [load(part, args.tag, args.steps, args.repeat) for part in source.split(",")]
-        draw(axes, label, sum(loaded, []), args.bins, args.steps)
+        draw(axes, label, sum(loaded, []), args.bins, args.steps, official)
     axes.set(xlabel="frames" if args.repeat > 1 else "environment steps", ylabel=args.tag, title=args.title)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

@@ -53,8 +53,8 @@ def load(run: str) -> dreamer.Dreamer:
 
 def random_action(obs: dict[str, np.ndarray], rng: np.random.Generator) -> np.ndarray:
     """One action for each of N observations."""
-    if masked.MASK in obs:
-        return np.array([rng.choice(np.flatnonzero(row)) for row in obs[masked.MASK]])
+    if "action_mask" in obs:  # of the placements
+        return np.array([rng.choice(np.flatnonzero(row)) for row in obs["action_mask"]])
     return rng.integers(0, 2, (len(obs["board"]), 8)).astype(np.int8)
 
 def play(agent: dreamer.Dreamer, episodes: int, rng: np.random.Generator | None = None):

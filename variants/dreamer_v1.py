@@ -4,7 +4,8 @@
         --learning-rate 1e-3 --actor-lr 1e-3 --critic-lr 3e-3 --batch-size 8 --batch-length 16 \
         --train-ratio 10 --total-timesteps 24000       # as measured, 18 minutes
 
-Takes every flag of dreamer.py. Without them, values are the paper's or its code's, and untried.
+Takes every flag of dreamer.py. Without them, values are the paper's or its code's, but for
+train_ratio and rec_scale, which are those of the id's suite, and untried.
 
 Follows "Dream to Control" (arXiv 1912.01603). Differences from DreamerV3: the world model is that
 of gaussian_model.py, where one KL, above 3 free nats, moves prior and posterior alike. A value is
@@ -15,10 +16,9 @@ values, no entropy bonus. Training adds noise to actions, evaluation does not. W
 choices there is no noise, and their gradient is straight-through, which is biased.
 
 Deviations: layers, encoder, decoder, continue head, replay and the bounds of the policy's deviation
-are those of dreamer.py; updates come every few steps, not after episodes; free nats count for each
-state, not for the mean of a batch; train_ratio and rec_scale are those of the id's suite. Flags
-agc, warmup, ent-coef, anneal-ent and tau have no effect; anneal-lr lowers the step size of the
-world model alone.
+are those of dreamer.py; updates come every few steps; free nats count for each state, not for the
+mean of a batch; gradients also reach the states that actions answer to, as the paper has it and its
+code has not. agc, warmup, ent-coef, anneal-ent and tau do nothing; anneal-lr is the model's alone.
 
 Measured: Pendulum-v1 after 24,000 steps: −172 (seed 1, tuned on), −202 and −150.
 """
