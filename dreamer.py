@@ -1350,12 +1350,12 @@ class Dreamer(nn.Module):
                 "learn_rng": self.learn_rng.get_state(), "averages": self.averages}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
+        if self.averages and not state["averages"]:
+            raise InputError("what is loaded has no averages of the weights, which this agent has "
+                             "begun: load it into a new one")
         self.optimizer.load_state_dict(state["optimizer"])
         if self.args.average:  # else the learned weights are played
             fresh = [x.to(self.device, copy=True) for x in state["averages"]]
-            if self.averages and not fresh:
-                raise InputError("what is loaded has no averages of the weights, which this agent "
-                                 "has begun: load it into a new one")
             if self.averages:  # in place, for a CUDA graph knows the addresses
                 torch._foreach_copy_(self.averages, fresh)
             else:
@@ -2411,12 +2411,11 @@ class Run:
             self.bar.close()
         if self.args.save_model:
             self.save()
+        self.eval_returns = []  # those there are were of an earlier agent
         failure = None  # of what comes now: the summary is written anyway
         try:
             self.close_envs(terminate=interrupted)
-            if interrupted:
-                self.eval_returns = []  # those there are were of another agent
-            elif self.signal is None:
+            if not interrupted and self.signal is None:
                 self.evaluate()
         except KeyboardInterrupt:
             pass

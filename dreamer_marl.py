@@ -1312,12 +1312,12 @@ class Dreamer(nn.Module):
                 "learn_rng": self.learn_rng.get_state(), "averages": self.averages}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
+        if self.averages and not state["averages"]:
+            raise InputError("what is loaded has no averages of the weights, which this agent has "
+                             "begun: load it into a new one")
         self.optimizer.load_state_dict(state["optimizer"])
         if self.args.average:  # else the learned weights are played
             fresh = [x.to(self.device, copy=True) for x in state["averages"]]
-            if self.averages and not fresh:
-                raise InputError("what is loaded has no averages of the weights, which this agent "
-                                 "has begun: load it into a new one")
             if self.averages:  # in place, for a CUDA graph knows the addresses
                 torch._foreach_copy_(self.averages, fresh)
             else:
@@ -2273,12 +2273,11 @@ class Run:
             self.bar.close()
         if self.args.save_model:
             self.save()
+        self.eval_returns = []  # those there are were of an earlier agent
         failure = None  # of what comes now: the summary is written anyway
         try:
             self.close_envs(terminate=interrupted)
-            if interrupted:
-                self.eval_returns = []  # those there are were of another agent
-            elif self.signal is None:
+            if not interrupted and self.signal is None:
                 self.evaluate()
         except KeyboardInterrupt:
             pass
@@ -2771,9 +2770,9 @@ class HiddenMatch:
     def bayes_return(self, scripts: tuple[str, ...]) -> float | None:
         """Exact expected return of an ideal observer, which plays what is likeliest at every step;
         the mean over all that a partner may do. None unless just all favourites are met, and
-        where more than 100,000 histories are possible, which would take minutes."""
-        possible = math.comb(self.length + self.actions - 1, self.actions - 1)
-        if set(scripts) != set(self.favourites) or possible > 100_000:
+        for games so long that it would take minutes."""
+        counts = math.comb(self.length + self.actions, self.actions) / math.factorial(self.actions)
+        if set(scripts) != set(self.favourites) or counts > 200_000:  # about so many, but for order
             return None
         value = 0.0
         histories = {(0,) * self.actions: 1.0}  # counts → probability; their order does not matter
@@ -3577,10 +3576,10 @@ class SocialRun(Run):
         self.eval_returns = []
         result = evaluate(agent, args, args.eval_episodes, run_name, args.deterministic,
                           capture_video, pool=self.pool, purpose=purpose)
-        self.eval_returns = result["returns"]
-        self.result = {  # an interruption may end what comes then
+        self.result = {
             "eval_team_return_mean": float(np.mean(result["team_returns"])),
             "eval_tom": result["tom"], "eval_bayes_return": self.ideal, "eval_partners": {}}
+        self.eval_returns = result["returns"]  # from here on it counts, even if the rest fails
         if each:
             partners = evaluate_partners(agent, args, self.pool, run_name)
             self.result["eval_partners"] = partners

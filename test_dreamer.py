@@ -441,11 +441,12 @@ def test_a_ring_of_another_capacity_is_unrolled_and_keeps_the_newest_steps(capac
     assert (windows.diff(dim=1) == 1).all()  # in the order of time, none crosses the seam
     kept = min(newest + 7, capacity // 3)
     assert windows.min() == 40 - kept and windows.max() == 39
+    del saved["window"]  # as in earlier versions
     longer = integers(length=11)  # for which the newest windows of the queue have no end yet
     longer.load_state_dict(saved)
     assert (longer.sample(16)["t"].diff(dim=1) == 1).all()
     shorter = integers(length=2)  # of which those of the queue would begin too far apart
-    shorter.load_state_dict(saved)
+    shorter.load_state_dict(saved | {"window": 5})
     assert not shorter.online
     with pytest.raises(D.InputError, match="layout"):
         integers(envs=2).load_state_dict(saved)
@@ -2353,10 +2354,17 @@ def test_a_final_evaluation_that_is_interrupted_still_leaves_a_summary(folder, m
 def test_what_a_last_evaluation_has_found_is_in_the_summary_if_its_rest_is_interrupted(
         folder, monkeypatch):
     monkeypatch.setattr(M, "evaluate_partners", lambda *args: break_off())
-    summary = M.main(team_args(eval_every=30))
+    summary = M.main(team_args())
     returns = summary["eval_returns"]
     assert summary["eval_partners"] == {}
     assert summary["eval_team_return_mean"] == pytest.approx(2 * np.mean(returns))
+
+def test_an_ideal_observer_that_fails_costs_neither_summary_nor_signal_handlers(
+        folder, monkeypatch):
+    monkeypatch.setattr(M, "bayes_return", lambda args: break_off())
+    before = signal.getsignal(signal.SIGINT)
+    assert M.main(team_args(partners="scripted"))["eval_returns"] == []
+    assert signal.getsignal(signal.SIGINT) is before
 
 def test_every_environment_is_reset_once_when_a_run_begins(script, folder, monkeypatch):
     asked = []
@@ -2389,6 +2397,19 @@ def test_the_summary_of_an_interrupted_run_has_no_evaluation_of_an_earlier_agent
     summary = script.module.main(script.args_of(eval_every=20), agent_class)
     assert summary["interrupted"] and summary["eval_returns"] == []
     assert summary["eval_return_mean"] is None and "eval_tom" not in summary
+
+def test_a_signal_in_the_last_save_leaves_no_evaluation_of_an_earlier_agent(
+        script, folder, monkeypatch):
+    save = script.module.save_file
+
+    def asked(path, content):
+        if path.name == "agent.pt":
+            send(signal.SIGINT)
+        save(path, content)
+
+    monkeypatch.setattr(script.module, "save_file", asked)
+    summary = script.module.main(script.args_of(eval_every=20))
+    assert summary["signal"] == signal.SIGINT and summary["eval_returns"] == []
 
 def test_a_run_whose_output_cannot_be_written_goes_on(script, folder, monkeypatch):
     def fail(*args, **kwargs):
@@ -3216,6 +3237,8 @@ def test_hidden_match_has_its_known_values_and_its_bayes_value_is_that_of_a_simu
     close(env.bayes_return(env.favourites), ret)
     assert env.bayes_return(env.scripts) is None  # of "mixed" it says nothing
     assert M.HiddenMatch(length=200).bayes_return(env.favourites) is None  # it would take minutes
+    many = M.HiddenMatch(actions=10, length=12)
+    assert 7 < many.bayes_return(many.favourites) < 8
     if epsilon:  # after a very long game, too
         belief = env.predict([300] * (actions - 1) + [3000], env.favourites)
         close(belief, env.table[str(actions - 1)])

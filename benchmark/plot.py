@@ -47,8 +47,8 @@ def average(curve: Curve, bins: int, length: int, at_ends: bool) -> tuple[np.nda
                  for x in (steps, values))
 
 
-def draw(axes: plt.Axes, label: str, curves: list[Curve], bins: int, length: int, at_ends: bool,
-         color: str | None = None) -> None:
+def draw(axes: plt.Axes, label: str, curves: list[Curve], bins: int, length: int, color: str | None = None,
+         at_ends: bool = False) -> None:
     """The line and the shade of some seeds' curves."""
     seeds = [average(curve, bins, length, at_ends) for curve in curves]
     shared = min(len(steps) for steps, _ in seeds)
@@ -81,7 +81,7 @@ def main() -> None:
                           color="gray")
             continue
         loaded = [load(part, args.tag, args.steps, args.repeat) for part in source.split(",")]
-        draw(axes, label, sum(loaded, []), args.bins, args.steps, official)
+        draw(axes, label, sum(loaded, []), args.bins, args.steps, at_ends=official)
     axes.set(xlabel="frames" if args.repeat > 1 else "environment steps", ylabel=args.tag, title=args.title)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

@@ -68,18 +68,19 @@ class Cook:
 class Forest:
     """What the adapter uses of lbforaging: food is eaten in step `eaten`; time is up in step 5."""
     eaten = 9
-    players = ()
     action_space = Tuple((Discrete(6), Discrete(6)))
     observation_space = Tuple((Box(-9, 9, (3,)), Box(-9, 9, (3,))))
 
     def __init__(self, max_episode_steps, penalty=0.0):
         assert penalty >= 0, "penalty is negative"
         self.limit = max_episode_steps
+        self.players = [types.SimpleNamespace(position=(0, 0)) for _ in range(2)]
 
     def look(self):
         return np.full(3, self.t, np.float32), np.full(3, -self.t, np.float32)
 
     def reset(self, seed=None):
+        assert not any(player.position for player in self.players), "they stand in the way"
         self.t, self.field = 0, np.eye(2)
         return self.look(), {}
 
