@@ -269,7 +269,7 @@ class Args:
         """Arguments of the environment. Raises InputError where env_kwargs is no JSON object."""
         try:
             kwargs = json.loads(self.env_kwargs)
-        except json.JSONDecodeError as error:
+        except (TypeError, json.JSONDecodeError) as error:
             kwargs = error
         if not isinstance(kwargs, dict):
             raise InputError(f"env_kwargs {self.env_kwargs!r} is no JSON object ({kwargs}): write "
@@ -1131,7 +1131,7 @@ class Dreamer(nn.Module):
         noise = self.acting_noise(n)
         inputs = ({name: self.upload(x) for name, x in encoded.items()},
                   {name: x for name, x in state.items() if not name.startswith("obs/")},
-                  self.upload(is_first))
+                  self.upload(np.asarray(is_first, bool)))
         with self.uncompiled():
             new = (self.choose(*inputs, dict.fromkeys(noise)) if deterministic
                    else self.fast_choose(*inputs, noise))
@@ -1493,13 +1493,13 @@ CHOICES = gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary
 TREES = gym.spaces.Dict, gym.spaces.Tuple
 
 @contextlib.contextmanager
-def explain_failure(name: str, packages: str, rendering: bool = False):
+def explain_failure(name: str, remedy: str, rendering: bool = False):
     """Turns a missing package, an unknown id `name`, arguments that it does not take, and a
     renderer that fails into InputErrors."""
     try:
         yield
     except ImportError as error:
-        raise InputError(f"{name} cannot be imported ({error}): pip install {packages}") from None
+        raise InputError(f"{name} cannot be imported ({error}): {remedy}") from None
     except gym.error.Error as error:
         reason = str(error).strip().rstrip(".")
         module = name.rpartition(":")[0]
@@ -1507,12 +1507,10 @@ def explain_failure(name: str, packages: str, rendering: bool = False):
             reason += (f"; module {module!r} was imported, and does not register it" if module else
                        ". If a package brings it, name the module too: --env-id module:id")
         raise InputError(f"env_id {name!r} cannot be made: {reason}") from None
-    except TypeError as error:
-        if "environment creator" not in str(error):  # so gymnasium marks its call
-            raise
-        raise InputError(f"env_id {name!r} cannot be made, give its arguments like --env-kwargs "
-                         f"'{{\"N\": 4}}': {error}") from None
     except Exception as error:  # renderers raise anything
+        if isinstance(error, TypeError) and "environment creator" in str(error):  # by Gymnasium
+            raise InputError(f"env_id {name!r} cannot be made, give its arguments like --env-kwargs "
+                             f"'{{\"N\": 4}}': {error}") from None
         if not rendering or isinstance(error, InputError):
             raise
         raise InputError(f"{name} cannot be made or rendered here ({type(error).__name__}: {error}"
@@ -1543,7 +1541,10 @@ def make_env(args: Args, idx: int, capture_video: bool, run_name: str, seed: int
                          "without a path")
     record = capture_video and idx == 0
     module, packages = next((x for start, x in PACKAGES.items() if name.startswith(start)),
-                            ("", "its package"))
+                            ("", ""))
+    remedy = f"pip install {packages}" if packages else (
+        "install its package; the folder of a file of yours belongs on PYTHONPATH, its name is "
+        "given without .py")
     kwargs: dict[str, Any] = {"render_mode": "rgb_array"} if args.pixels or record else {}
     kwargs |= args.env_arguments()
     if atari := name.startswith("ALE/"):  # no sticky actions, and the game's own actions alone
@@ -1556,7 +1557,7 @@ def make_env(args: Args, idx: int, capture_video: bool, run_name: str, seed: int
     def thunk() -> gym.Env:
         random.seed(seed)  # some environments draw from the global generators, whose state
         np.random.seed(seed)  # forked workers would share
-        with explain_failure(args.env_id, packages, rendering=args.pixels or record):
+        with explain_failure(args.env_id, remedy, rendering=args.pixels or record):
             if module and name not in gym.registry:  # MinAtar's asks for a call, the others do not
                 getattr(importlib.import_module(module), "register_envs", lambda: None)()
             env = gym.make(args.env_id, **kwargs)
@@ -1579,7 +1580,8 @@ def make_env(args: Args, idx: int, capture_video: bool, run_name: str, seed: int
                     warn_once(f"{name}: only {keep} are observed, the rest are not numbers; if one "
                               "names the goal, as in BabyAI, the task cannot be solved")
                 env = gym.wrappers.FilterObservation(env, keep)
-        return gym.wrappers.RecordEpisodeStatistics(env)
+        # under a name of its own, for the environment may tell of its episodes too
+        return gym.wrappers.RecordEpisodeStatistics(env, stats_key="dreamer_episode")
 
     return thunk
 
@@ -1600,7 +1602,8 @@ def in_worker(main_process: int, thunk: Callable[[], gym.Env]) -> gym.Env:
     if os.getpid() != main_process:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
-        if hasattr(faulthandler, "register"):
+        # there may be no such function, on Windows, or no file that it could print to
+        with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):
             faulthandler.register(signal.SIGUSR1)
     return thunk()
 
@@ -1614,7 +1617,7 @@ class AsyncVectorEnv(gym.vector.AsyncVectorEnv):
         super().__init__(thunks, **kwargs)
 
     @contextlib.contextmanager
-    def watched(self):
+    def watched(self, advice: str = "see what ended them, memory for example"):
         self.healthy = False
         try:
             yield
@@ -1631,11 +1634,11 @@ class AsyncVectorEnv(gym.vector.AsyncVectorEnv):
             sentinels = [process.sentinel for process in self.processes]
             ended = multiprocessing.connection.wait(sentinels, timeout=5)
             dead = [i for i, sentinel in enumerate(sentinels) if sentinel in ended]
-            raise InputError(f"the processes of environments {dead} died: see what ended them, "
-                             "memory for example") from None
+            raise InputError(f"the processes of environments {dead} died: {advice}") from None
 
     def _check_spaces(self) -> None:
-        with self.watched():
+        with self.watched("what they printed stands above; a script of yours that begins a run must "
+                          "be a file, and do so under if __name__ == \"__main__\""):
             super()._check_spaces()
 
     def reset_async(self, *args: Any, **kwargs: Any) -> None:
@@ -1662,6 +1665,20 @@ class AsyncVectorEnv(gym.vector.AsyncVectorEnv):
                 process.kill()
             self._state = gym.vector.async_vector_env.AsyncState.DEFAULT
         super().close_extras(timeout, terminate)
+
+def close_envs(envs: gym.vector.VectorEnv, terminate: bool = False) -> None:
+    """Closes them. What they raise is warned of: it says nothing about the agent."""
+    try:
+        envs.close(terminate=terminate)
+    except Exception as problem:  # of their own kinds
+        warnings.warn(f"the environments were not closed: {problem!r}")
+
+@contextlib.contextmanager
+def closing(envs: gym.vector.VectorEnv):
+    try:
+        yield envs
+    finally:
+        close_envs(envs)
 
 def make_vector_env(args: Args, num_envs: int, run_name: str, seeds: list[int],
                     capture_video: bool = False) -> gym.vector.VectorEnv:
@@ -1750,7 +1767,10 @@ class ObservationCodec:
                 out[name] = self.resize(x.reshape(*x.shape[:3], -1), spec, space)
             elif spec.kind == "discrete":
                 start = np.ravel(getattr(space, "start", 0))
-                out[name] = x.reshape(len(x), -1).astype(np.int64) - start
+                out[name] = choices = x.reshape(len(x), -1).astype(np.int64) - start
+                if ((choices < 0) | (choices >= spec.classes)).any():
+                    raise InputError(f"observation {name!r} holds {x.tolist()}, and its space is "
+                                     f"{space}: correct either")
             else:
                 out[name] = x.reshape(len(x), -1).astype(np.float32, copy=False)
         return out
@@ -1838,7 +1858,7 @@ def evaluate(agent: Dreamer, args: Args, episodes: int, run_name: str = "eval",
     returns = np.zeros(episodes)
     is_first = ~done
     running = ~done
-    with preserve_randomness(agent.act_rng), agent.evaluating(), contextlib.closing(
+    with preserve_randomness(agent.act_rng), agent.evaluating(), closing(
             make_vector_env(args, episodes, run_name, seeds, capture_video)) as envs:
         obs, _ = envs.reset(seed=seeds)
         for _ in range(max_steps):
@@ -1850,6 +1870,9 @@ def evaluate(agent: Dreamer, args: Args, episodes: int, run_name: str = "eval",
             running &= ~done
             if not running.any():
                 break
+    if running.any():
+        warnings.warn(f"{running.sum()} of {episodes} episodes did not end within {max_steps:,} "
+                      "steps: what they earned until then counts")
     return returns.tolist()
 
 def draw_dreams(agent: Dreamer, buffer: ReplayBuffer, context: int = 5, sequences: int = 6):
@@ -2126,7 +2149,7 @@ class Run:
         args = self.args
         buffer = self.buffer
         if args.track:
-            with explain_failure("wandb", "wandb, or leave out --track"):
+            with explain_failure("wandb", "pip install wandb, or leave out --track"):
                 import wandb
             wandb.init(name=self.dir.name, config=vars(args), sync_tensorboard=True, save_code=True)
         try:
@@ -2193,10 +2216,11 @@ class Run:
     def arrive(self, before: dict[str, np.ndarray], reward: np.ndarray, terminated: np.ndarray,
                truncated: np.ndarray) -> dict[str, np.ndarray]:
         """What arrived with a step of the environments, for the replay. Counts the step."""
-        if not np.isfinite(reward).all():
-            bad = reward[~np.isfinite(reward)][0]
-            raise InputError(f"reward {bad} at step {self.step}: make all rewards finite, for "
-                             "example with gymnasium.wrappers.TransformReward")
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(np.asarray(reward, np.float32))  # as the replay has them
+        if not finite.all():
+            raise InputError(f"reward {reward[~finite][0]} at step {self.step}: make all rewards "
+                             "finite, for example with gymnasium.wrappers.TransformReward")
         self.step += self.envs.num_envs * self.ranks
         if self.ranks > 1:  # a signal reaches them in different steps, and all must end after one
             number = torch.tensor(self.signal or 0, device=self.agent.device)
@@ -2248,12 +2272,12 @@ class Run:
         if self.writer and not self.dir.is_dir():
             self.dir.mkdir(parents=True)
             self.say(f"warning: {self.dir} was deleted; what comes now is saved in a new one")
-        for i in np.flatnonzero(info.get("_episode", ())):
-            self.episodes.append(float(info["episode"]["r"][i]))
+        for i in np.flatnonzero(info.get("_dreamer_episode", ())):
+            self.episodes.append(float(info["dreamer_episode"]["r"][i]))
             if self.rank == 0:
                 self.say(f"global_step={self.step}, episodic_return={self.episodes[-1]:.2f}")
             self.record({"charts/episodic_return": self.episodes[-1],
-                         "charts/episodic_length": info["episode"]["l"][i]})
+                         "charts/episodic_length": info["dreamer_episode"]["l"][i]})
         if metrics and (self.crossed(args.log_every) or self.finished):
             self.log_metrics()
         if metrics and self.writer and self.crossed(args.video_every):
@@ -2398,12 +2422,6 @@ class Run:
                     self.handlers[number] = signal.signal(number, self.interrupt)
         return self
 
-    def close_envs(self, terminate: bool) -> None:
-        try:
-            self.envs.close(terminate=terminate)
-        except Exception as problem:  # their own, which says nothing about the agent
-            warnings.warn(f"the environments were not closed: {problem!r}")
-
     def __exit__(self, kind: type | None, error: Any, trace: Any) -> bool:
         interrupted = kind is not None or self.signal is not None
         progress = self.progress()
@@ -2414,7 +2432,7 @@ class Run:
         self.eval_returns = []  # those there are were of an earlier agent
         failure = None  # of what comes now: the summary is written anyway
         try:
-            self.close_envs(terminate=interrupted)
+            close_envs(self.envs, terminate=interrupted)
             if not interrupted and self.signal is None:
                 self.evaluate()
         except KeyboardInterrupt:

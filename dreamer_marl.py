@@ -231,7 +231,7 @@ class Args:
         """Arguments of the environment. Raises InputError where env_kwargs is no JSON object."""
         try:
             kwargs = json.loads(self.env_kwargs)
-        except json.JSONDecodeError as error:
+        except (TypeError, json.JSONDecodeError) as error:
             kwargs = error
         if not isinstance(kwargs, dict):
             raise InputError(f"env_kwargs {self.env_kwargs!r} is no JSON object ({kwargs}): write "
@@ -1093,7 +1093,7 @@ class Dreamer(nn.Module):
         noise = self.acting_noise(n)
         inputs = ({name: self.upload(x) for name, x in encoded.items()},
                   {name: x for name, x in state.items() if not name.startswith("obs/")},
-                  self.upload(is_first))
+                  self.upload(np.asarray(is_first, bool)))
         with self.uncompiled():
             new = (self.choose(*inputs, dict.fromkeys(noise)) if deterministic
                    else self.fast_choose(*inputs, noise))
@@ -1445,13 +1445,13 @@ CHOICES = gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary
 TREES = gym.spaces.Dict, gym.spaces.Tuple
 
 @contextlib.contextmanager
-def explain_failure(name: str, packages: str, rendering: bool = False):
+def explain_failure(name: str, remedy: str, rendering: bool = False):
     """Turns a missing package, an unknown id `name`, arguments that it does not take, and a
     renderer that fails into InputErrors."""
     try:
         yield
     except ImportError as error:
-        raise InputError(f"{name} cannot be imported ({error}): pip install {packages}") from None
+        raise InputError(f"{name} cannot be imported ({error}): {remedy}") from None
     except gym.error.Error as error:
         reason = str(error).strip().rstrip(".")
         module = name.rpartition(":")[0]
@@ -1459,12 +1459,10 @@ def explain_failure(name: str, packages: str, rendering: bool = False):
             reason += (f"; module {module!r} was imported, and does not register it" if module else
                        ". If a package brings it, name the module too: --env-id module:id")
         raise InputError(f"env_id {name!r} cannot be made: {reason}") from None
-    except TypeError as error:
-        if "environment creator" not in str(error):  # so gymnasium marks its call
-            raise
-        raise InputError(f"env_id {name!r} cannot be made, give its arguments like --env-kwargs "
-                         f"'{{\"N\": 4}}': {error}") from None
     except Exception as error:  # renderers raise anything
+        if isinstance(error, TypeError) and "environment creator" in str(error):  # by Gymnasium
+            raise InputError(f"env_id {name!r} cannot be made, give its arguments like --env-kwargs "
+                             f"'{{\"N\": 4}}': {error}") from None
         if not rendering or isinstance(error, InputError):
             raise
         raise InputError(f"{name} cannot be made or rendered here ({type(error).__name__}: {error}"
@@ -1488,7 +1486,8 @@ def in_worker(main_process: int, thunk: Callable[[], gym.Env]) -> gym.Env:
     if os.getpid() != main_process:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
-        if hasattr(faulthandler, "register"):
+        # there may be no such function, on Windows, or no file that it could print to
+        with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):
             faulthandler.register(signal.SIGUSR1)
     return thunk()
 
@@ -1502,7 +1501,7 @@ class AsyncVectorEnv(gym.vector.AsyncVectorEnv):
         super().__init__(thunks, **kwargs)
 
     @contextlib.contextmanager
-    def watched(self):
+    def watched(self, advice: str = "see what ended them, memory for example"):
         self.healthy = False
         try:
             yield
@@ -1519,11 +1518,11 @@ class AsyncVectorEnv(gym.vector.AsyncVectorEnv):
             sentinels = [process.sentinel for process in self.processes]
             ended = multiprocessing.connection.wait(sentinels, timeout=5)
             dead = [i for i, sentinel in enumerate(sentinels) if sentinel in ended]
-            raise InputError(f"the processes of environments {dead} died: see what ended them, "
-                             "memory for example") from None
+            raise InputError(f"the processes of environments {dead} died: {advice}") from None
 
     def _check_spaces(self) -> None:
-        with self.watched():
+        with self.watched("what they printed stands above; a script of yours that begins a run must "
+                          "be a file, and do so under if __name__ == \"__main__\""):
             super()._check_spaces()
 
     def reset_async(self, *args: Any, **kwargs: Any) -> None:
@@ -1550,6 +1549,20 @@ class AsyncVectorEnv(gym.vector.AsyncVectorEnv):
                 process.kill()
             self._state = gym.vector.async_vector_env.AsyncState.DEFAULT
         super().close_extras(timeout, terminate)
+
+def close_envs(envs: gym.vector.VectorEnv, terminate: bool = False) -> None:
+    """Closes them. What they raise is warned of: it says nothing about the agent."""
+    try:
+        envs.close(terminate=terminate)
+    except Exception as problem:  # of their own kinds
+        warnings.warn(f"the environments were not closed: {problem!r}")
+
+@contextlib.contextmanager
+def closing(envs: gym.vector.VectorEnv):
+    try:
+        yield envs
+    finally:
+        close_envs(envs)
 
 def make_vector_env(args: Args, num_envs: int, run_name: str, seeds: list[int],
                     capture_video: bool = False) -> gym.vector.VectorEnv:
@@ -1638,7 +1651,10 @@ class ObservationCodec:
                 out[name] = self.resize(x.reshape(*x.shape[:3], -1), spec, space)
             elif spec.kind == "discrete":
                 start = np.ravel(getattr(space, "start", 0))
-                out[name] = x.reshape(len(x), -1).astype(np.int64) - start
+                out[name] = choices = x.reshape(len(x), -1).astype(np.int64) - start
+                if ((choices < 0) | (choices >= spec.classes)).any():
+                    raise InputError(f"observation {name!r} holds {x.tolist()}, and its space is "
+                                     f"{space}: correct either")
             else:
                 out[name] = x.reshape(len(x), -1).astype(np.float32, copy=False)
         return out
@@ -1988,7 +2004,7 @@ class Run:
         args = self.args
         buffer = self.buffer
         if args.track:
-            with explain_failure("wandb", "wandb, or leave out --track"):
+            with explain_failure("wandb", "pip install wandb, or leave out --track"):
                 import wandb
             wandb.init(name=self.dir.name, config=vars(args), sync_tensorboard=True, save_code=True)
         try:
@@ -2055,10 +2071,11 @@ class Run:
     def arrive(self, before: dict[str, np.ndarray], reward: np.ndarray, terminated: np.ndarray,
                truncated: np.ndarray) -> dict[str, np.ndarray]:
         """What arrived with a step of the environments, for the replay. Counts the step."""
-        if not np.isfinite(reward).all():
-            bad = reward[~np.isfinite(reward)][0]
-            raise InputError(f"reward {bad} at step {self.step}: make all rewards finite, for "
-                             "example with gymnasium.wrappers.TransformReward")
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(np.asarray(reward, np.float32))  # as the replay has them
+        if not finite.all():
+            raise InputError(f"reward {reward[~finite][0]} at step {self.step}: make all rewards "
+                             "finite, for example with gymnasium.wrappers.TransformReward")
         self.step += self.envs.num_envs * self.ranks
         if self.ranks > 1:  # a signal reaches them in different steps, and all must end after one
             number = torch.tensor(self.signal or 0, device=self.agent.device)
@@ -2110,12 +2127,12 @@ class Run:
         if self.writer and not self.dir.is_dir():
             self.dir.mkdir(parents=True)
             self.say(f"warning: {self.dir} was deleted; what comes now is saved in a new one")
-        for i in np.flatnonzero(info.get("_episode", ())):
-            self.episodes.append(float(info["episode"]["r"][i]))
+        for i in np.flatnonzero(info.get("_dreamer_episode", ())):
+            self.episodes.append(float(info["dreamer_episode"]["r"][i]))
             if self.rank == 0:
                 self.say(f"global_step={self.step}, episodic_return={self.episodes[-1]:.2f}")
             self.record({"charts/episodic_return": self.episodes[-1],
-                         "charts/episodic_length": info["episode"]["l"][i]})
+                         "charts/episodic_length": info["dreamer_episode"]["l"][i]})
         if metrics and (self.crossed(args.log_every) or self.finished):
             self.log_metrics()
         if metrics and self.writer and self.crossed(args.video_every):
@@ -2260,12 +2277,6 @@ class Run:
                     self.handlers[number] = signal.signal(number, self.interrupt)
         return self
 
-    def close_envs(self, terminate: bool) -> None:
-        try:
-            self.envs.close(terminate=terminate)
-        except Exception as problem:  # their own, which says nothing about the agent
-            warnings.warn(f"the environments were not closed: {problem!r}")
-
     def __exit__(self, kind: type | None, error: Any, trace: Any) -> bool:
         interrupted = kind is not None or self.signal is not None
         progress = self.progress()
@@ -2276,7 +2287,7 @@ class Run:
         self.eval_returns = []  # those there are were of an earlier agent
         failure = None  # of what comes now: the summary is written anyway
         try:
-            self.close_envs(terminate=interrupted)
+            close_envs(self.envs, terminate=interrupted)
             if not interrupted and self.signal is None:
                 self.evaluate()
         except KeyboardInterrupt:
@@ -2964,7 +2975,7 @@ class Seats(gym.Env):
         over = not self.env.agents
         own = self.returns.mean() if self.all_learn else self.returns[self.learner]
         episode = {"r": float(own), "l": self.length, "seats": self.returns.copy()}
-        return view, float(sum(rewards.values())), over, False, {"episode": episode} if over else {}
+        return view, float(sum(rewards.values())), over, False, {"dreamer_episode": episode} if over else {}
 
     def decode(self, seat: int, flat: np.ndarray) -> Any:
         """(A,) → the action of the agent in `seat`."""
@@ -3358,7 +3369,7 @@ def evaluate(agent: SocialDreamer, args: SocialArgs, episodes: int, run_name: st
     done = np.zeros(episodes, bool)
     is_first = running = np.ones(episodes, bool)
     steps = []
-    with preserve_randomness(agent.act_rng), agent.evaluating(), contextlib.closing(
+    with preserve_randomness(agent.act_rng), agent.evaluating(), closing(
             make_vector_env(args, episodes, run_name, seeds, capture_video)) as envs:
         obs, _ = envs.reset(seed=seeds, options={"steps": np.inf})  # past all shaping of rewards
         learner = obs["learner"]
@@ -3376,6 +3387,9 @@ def evaluate(agent: SocialDreamer, args: SocialArgs, episodes: int, run_name: st
             running = running & ~done
             if not running.any():
                 break
+    if running.any():
+        warnings.warn(f"{running.sum()} of {episodes} episodes did not end within {max_steps:,} "
+                      "steps: what they earned until then counts")
     own = scores.mean(1) if table.all_learn else scores[np.arange(episodes), learner]
     measures = skill(agent.actions.heads, *(torch.stack(x) for x in zip(*steps)))
     tom = {name: float(x) for name, x in measures.items() if not x.isnan()}
@@ -3524,11 +3538,11 @@ class SocialRun(Run):
         return super().reset((options or {}) | {"steps": made})
 
     def log(self, metrics: Tensors, info: dict[str, Any]) -> None:
-        for i in np.flatnonzero(info.get("_episode", ())):
-            returns = info["episode"]["seats"][i]
+        for i in np.flatnonzero(info.get("_dreamer_episode", ())):
+            returns = info["dreamer_episode"]["seats"][i]
             self.record({"charts/team_return": returns.sum()})
             if partner := self.table.finish(i, returns):
-                self.record({f"charts/return_with_{partner}": info["episode"]["r"][i]})
+                self.record({f"charts/return_with_{partner}": info["dreamer_episode"]["r"][i]})
         if self.pool is not None and self.crossed(self.args.pool_every):
             self.pool.add(self.agent)
         super().log(metrics, info)

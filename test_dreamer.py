@@ -14,6 +14,7 @@ import dataclasses
 import errno
 import functools
 import inspect
+import io
 import itertools
 import json
 import multiprocessing
@@ -1696,7 +1697,16 @@ class Broken(Picture):
     def __init__(self, render_mode=None):
         raise ValueError("size must be odd")
 
-for kind in (Sized, Words, WordsAndNumbers, Picture, Broken):
+class Blank(Picture):
+    def render(self):
+        return None
+
+class Told(Lengths):
+    """Tells of its episodes, in the words of Gymnasium and at every step."""
+    def step(self, action):
+        return *super().step(action)[:4], {"episode": 3}
+
+for kind in (Sized, Words, WordsAndNumbers, Picture, Broken, Blank, Told):
     register(kind.__name__, kind)
 
 def test_a_kl_that_stays_at_its_free_nats_is_warned_of_every_thousand_updates(script):
@@ -2024,6 +2034,13 @@ MISTAKES = {  # what was done, and what the message must name
     "a path in place of a module": (lambda: make_env("./mine:Tiny-v0"), "'./mine'.*module:id"),
     "an environment with a mistake of its own, in pixels": (
         lambda: make_env("test/Broken-v0", pixels=True), "ValueError: size must be odd"),
+    "arguments of the environment that are no text": (
+        lambda: args_of(env_kwargs={"a": 1}).check(), "'a': 1.*JSON object"),
+    "a module that is not there": (lambda: make_env("nothing_here:Tiny-v0"), "PYTHONPATH"),
+    "a renderer that raises a TypeError": (
+        lambda: make_env("test/Blank-v0", pixels=True), "rendered.*TypeError"),
+    "a choice that its space has not": (
+        lambda: D.ObservationCodec(Discrete(3, start=5), 64)(np.array([1])), "'obs' holds .1.*5"),
     "a number format of another name": (lambda: args_of(precision="fp32").check(), "'fp32'.*auto"),
     "arguments of the environment that are no object": (
         lambda: args_of(env_kwargs="[1]").check(), r"\[1\].*JSON object")}
@@ -2410,6 +2427,38 @@ def test_a_signal_in_the_last_save_leaves_no_evaluation_of_an_earlier_agent(
     monkeypatch.setattr(script.module, "save_file", asked)
     summary = script.module.main(script.args_of(eval_every=20))
     assert summary["signal"] == signal.SIGINT and summary["eval_returns"] == []
+
+def test_an_environment_may_tell_of_its_episodes_itself(folder):
+    summary = D.main(args_of(env_id="test/Told-v0"))
+    assert summary["global_step"] == 120 and len(summary["train_returns"]) > 5
+
+def test_episodes_of_an_evaluation_that_do_not_end_are_warned_of(script):
+    args = script.args_of()
+    if script.module is M:
+        agent = M.SocialDreamer(*M.seat_spaces(args)[:2], args)
+    else:
+        with D.closing(D.make_vector_env(args, 1, "", [0])) as envs:
+            agent = D.Dreamer(envs.single_observation_space, envs.single_action_space, args)
+    with pytest.warns(UserWarning, match="3 of 3 episodes did not end within 1 steps"):
+        script.module.evaluate(agent, args, 3, max_steps=1)
+
+@pytest.mark.parametrize("first", [np.zeros(2, int), np.ones(2, np.float32)])
+def test_where_an_episode_begins_may_be_told_in_numbers(first):
+    obs = np.ones((2, 3), np.float32)
+    agent = make_agent(perturb=0.5)
+    _, state = agent.act(obs, None, np.ones(2, bool))
+    deters = [agent.act(obs, state, x, True)[1]["deter"] for x in (first, first.astype(bool))]
+    equal(*deters)
+
+def test_a_reward_too_large_for_the_replay_is_named(script):
+    run = object.__new__(script.module.Run)
+    run.step = 7
+    with pytest.raises(script.module.InputError, match=r"reward 1e\+300 at step 7"):
+        run.arrive({}, np.array([1.0, 1e300]), None, None)
+
+def test_a_worker_begins_even_if_its_errors_cannot_be_printed(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert D.in_worker(0, lambda: "made") == "made"
 
 def test_a_run_whose_output_cannot_be_written_goes_on(script, folder, monkeypatch):
     def fail(*args, **kwargs):
@@ -3038,8 +3087,8 @@ def play_team(make, steps, pool=None, num_envs=2, **values):
         replay.add(rows)
         obs, _, ended, _, info = envs.step(joint)
         first, done = done, ended
-        for env in np.flatnonzero(info.get("_episode", ())):
-            table.finish(env, info["episode"]["seats"][env])
+        for env in np.flatnonzero(info.get("_dreamer_episode", ())):
+            table.finish(env, info["dreamer_episode"]["seats"][env])
     return table, replay, agent
 
 @pytest.mark.parametrize("lives,truncate", [
