@@ -1509,13 +1509,14 @@ def explain_failure(name: str, remedy: str, rendering: bool = False):
         raise InputError(f"env_id {name!r} cannot be made: {reason}") from None
     except Exception as error:  # renderers raise anything
         if isinstance(error, TypeError) and "environment creator" in str(error):  # by Gymnasium
-            raise InputError(f"env_id {name!r} cannot be made, give its arguments like --env-kwargs "
-                             f"'{{\"N\": 4}}': {error}") from None
+            raise InputError(f"env_id {name!r} cannot be made, give its arguments like "
+                             f"--env-kwargs '{{\"N\": 4}}': {error}") from None
         if not rendering or isinstance(error, InputError):
             raise
-        raise InputError(f"{name} cannot be made or rendered here ({type(error).__name__}: {error}"
-                         "): if it is the renderer, MUJOCO_GL=egl may help, else leave out --pixels "
-                         "and --capture-video") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{name} cannot be made or rendered here ({reason}): if it is the "
+                         "renderer, MUJOCO_GL=egl may help, else leave out --pixels and "
+                         "--capture-video") from error
 
 @functools.cache
 def warn_once(text: str) -> None:
@@ -1637,8 +1638,8 @@ class AsyncVectorEnv(gym.vector.AsyncVectorEnv):
             raise InputError(f"the processes of environments {dead} died: {advice}") from None
 
     def _check_spaces(self) -> None:
-        with self.watched("what they printed stands above; a script of yours that begins a run must "
-                          "be a file, and do so under if __name__ == \"__main__\""):
+        with self.watched("what they printed stands above; a script of yours that begins a run "
+                          "must be a file, and do so under if __name__ == \"__main__\""):
             super()._check_spaces()
 
     def reset_async(self, *args: Any, **kwargs: Any) -> None:

@@ -1461,13 +1461,14 @@ def explain_failure(name: str, remedy: str, rendering: bool = False):
         raise InputError(f"env_id {name!r} cannot be made: {reason}") from None
     except Exception as error:  # renderers raise anything
         if isinstance(error, TypeError) and "environment creator" in str(error):  # by Gymnasium
-            raise InputError(f"env_id {name!r} cannot be made, give its arguments like --env-kwargs "
-                             f"'{{\"N\": 4}}': {error}") from None
+            raise InputError(f"env_id {name!r} cannot be made, give its arguments like "
+                             f"--env-kwargs '{{\"N\": 4}}': {error}") from None
         if not rendering or isinstance(error, InputError):
             raise
-        raise InputError(f"{name} cannot be made or rendered here ({type(error).__name__}: {error}"
-                         "): if it is the renderer, MUJOCO_GL=egl may help, else leave out --pixels "
-                         "and --capture-video") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{name} cannot be made or rendered here ({reason}): if it is the "
+                         "renderer, MUJOCO_GL=egl may help, else leave out --pixels and "
+                         "--capture-video") from error
 
 class SyncVectorEnv(gym.vector.SyncVectorEnv):
     """Steps in this process, with the two calls of AsyncVectorEnv."""
@@ -1521,8 +1522,8 @@ class AsyncVectorEnv(gym.vector.AsyncVectorEnv):
             raise InputError(f"the processes of environments {dead} died: {advice}") from None
 
     def _check_spaces(self) -> None:
-        with self.watched("what they printed stands above; a script of yours that begins a run must "
-                          "be a file, and do so under if __name__ == \"__main__\""):
+        with self.watched("what they printed stands above; a script of yours that begins a run "
+                          "must be a file, and do so under if __name__ == \"__main__\""):
             super()._check_spaces()
 
     def reset_async(self, *args: Any, **kwargs: Any) -> None:
@@ -2975,7 +2976,8 @@ class Seats(gym.Env):
         over = not self.env.agents
         own = self.returns.mean() if self.all_learn else self.returns[self.learner]
         episode = {"r": float(own), "l": self.length, "seats": self.returns.copy()}
-        return view, float(sum(rewards.values())), over, False, {"dreamer_episode": episode} if over else {}
+        info = {"dreamer_episode": episode} if over else {}
+        return view, float(sum(rewards.values())), over, False, info
 
     def decode(self, seat: int, flat: np.ndarray) -> Any:
         """(A,) → the action of the agent in `seat`."""
@@ -3218,8 +3220,8 @@ def make_pool(agent: SocialDreamer, args: SocialArgs, run_dir: str | Path, rank:
         member = load_file(path)
         try:
             if (arm := member["args"]["teammate_model"]) != args.teammate_model:
-                raise InputError(f"the agent in {path} was trained with --teammate-model {arm}, and "
-                                 f"would play as {args.teammate_model}: give agents of the same")
+                raise InputError(f"the agent in {path} was trained with --teammate-model {arm}, "
+                                 f"and would play as {args.teammate_model}: give agents of the same")
             pool.add(agent, member["agent"])
         except (RuntimeError, KeyError) as error:
             reason = str(error).splitlines()[-1].strip()
