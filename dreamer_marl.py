@@ -3221,7 +3221,7 @@ def make_pool(agent: SocialDreamer, args: SocialArgs, run_dir: str | Path, rank:
         try:
             if (arm := member["args"]["teammate_model"]) != args.teammate_model:
                 raise InputError(f"the agent in {path} was trained with --teammate-model {arm}, "
-                                 f"and would play as {args.teammate_model}: give agents of the same")
+                                 f"and would play as {args.teammate_model}: give its like")
             pool.add(agent, member["agent"])
         except (RuntimeError, KeyError) as error:
             reason = str(error).splitlines()[-1].strip()
