@@ -95,30 +95,32 @@ def line(run: str) -> dict[str, str]:
             "updates": saved["updates"]} | {name: f"{x:.4g}" for name, x in numbers.items()}
 
 
-def draw_map(source: str, target: str, arm: str = "merged") -> None:
-    """Mean returns of `arm` with the usual crowd over rec_scale and tom_scale, each in the place of its values,
-    and the line above which the badge should be lost."""
+def draw_map(source: str, target: str) -> None:
+    """Mean returns of "merged" and "tom" with the usual crowd over rec_scale and tom_scale, each in the place of its
+    values, and the line above which "merged" should lose the badge."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    cells = defaultdict(list)
+    cells: dict[str, dict[tuple[float, float], list[float]]] = {arm: defaultdict(list) for arm in ("merged", "tom")}
     for row in csv.DictReader(Path(source).open()):
-        if row["arm"] == arm and row["crowd"] == "96":
-            cells[float(row["tom_scale"]), float(row["rec_scale"])].append(float(row["return"]))
-    if not cells:
-        sys.exit(f"{source} holds no runs of the arm {arm!r} with a crowd of 96: nothing to draw")
-    tom, rec = np.array(list(cells)).T
-    means = [np.mean(returns) for returns in cells.values()]
-    figure, axes = plt.subplots(figsize=(6, 4.5), layout="constrained")
-    points = axes.scatter(tom, rec, c=means, s=900, marker="s", vmin=2.5, vmax=7.75)
-    for x, y, mean in zip(tom, rec, means):
-        axes.annotate(f"{mean:.1f}", (x, y), ha="center", va="center", color="tab:red")
-    scale = np.geomspace(tom.min() / 2, tom.max() * 2)
-    axes.plot(scale, 0.060 * scale + 0.023, "k--", label="predicted: above it the badge is lost")
-    axes.set(xscale="log", yscale="log", xlabel="tom_scale", ylabel="rec_scale", title=f"return of {arm}")
-    axes.margins(0.2)
-    figure.legend(loc="outside lower center")
+        if row["arm"] in cells and row["crowd"] == "96":
+            cells[row["arm"]][float(row["tom_scale"]), float(row["rec_scale"])].append(float(row["return"]))
+    if not all(cells.values()):
+        sys.exit(f"{source} holds no runs of merged and tom with a crowd of 96: nothing to draw")
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4.5), sharex=True, sharey=True, layout="constrained")
+    for axes, (arm, found) in zip(panels, cells.items()):
+        tom, rec = np.array(list(found)).T
+        means = [np.mean(returns) for returns in found.values()]
+        points = axes.scatter(tom, rec, c=means, s=900, marker="s", vmin=2.5, vmax=7.75)
+        for x, y, mean in zip(tom, rec, means):
+            axes.annotate(f"{mean:.1f}", (x, y), ha="center", va="center", color="tab:red")
+        scale = np.geomspace(tom.min() / 2, tom.max() * 2)
+        axes.plot(scale, 0.060 * scale + 0.023, "k--", label="above it merged should lose the badge")
+        axes.set(xscale="log", yscale="log", xlabel="tom_scale", title=f"return of {arm}")
+    panels[0].set(ylabel="rec_scale")
+    panels[0].margins(0.2)
+    panels[1].legend(loc="lower right")
     figure.colorbar(points, label="return: blind 2.5, ideal 7.75")
     figure.savefig(target, dpi=120)
 
