@@ -1769,9 +1769,10 @@ class ObservationCodec:
             elif spec.kind == "discrete":
                 start = np.ravel(getattr(space, "start", 0))
                 out[name] = choices = x.reshape(len(x), -1).astype(np.int64) - start
-                if ((choices < 0) | (choices >= spec.classes)).any():
-                    raise InputError(f"observation {name!r} holds {x.tolist()}, and its space is "
-                                     f"{space}: correct either")
+                wrong = ((choices < 0) | (choices >= spec.classes)).any(-1)
+                if wrong.any():
+                    raise InputError(f"observation {name!r} holds {x[wrong][0].tolist()}, and its "
+                                     f"space is {space}: correct either")
             else:
                 out[name] = x.reshape(len(x), -1).astype(np.float32, copy=False)
         return out

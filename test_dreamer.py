@@ -1624,7 +1624,7 @@ def test_an_image_that_never_changes_may_have_equal_bounds():
 
 def test_observations_are_encoded_without_loss():
     codec = D.ObservationCodec(Dict(
-        a=Discrete(4, start=-1), b=MultiDiscrete([[2, 3], [4, 5]]),
+        a=Discrete(4, start=-1), b=MultiDiscrete([[5, 6], [7, 8]]),
         c=Box(-9, 9, (2, 2), np.float64), d=Box(-1, 1, ()), e=MultiBinary(2),
         f=Tuple([Box(0, 255, (3, 5), np.uint8)])), 48)
     square = np.arange(8).reshape(2, 2, 2)
@@ -2040,7 +2040,7 @@ MISTAKES = {  # what was done, and what the message must name
     "a renderer that raises a TypeError": (
         lambda: make_env("test/Blank-v0", pixels=True), "rendered.*TypeError"),
     "a choice that its space has not": (
-        lambda: D.ObservationCodec(Discrete(3, start=5), 64)(np.array([1])), "'obs' holds .1.*5"),
+        lambda: D.ObservationCodec(Discrete(3, start=5), 64)(np.array([1])), "'obs' holds 1, .*start=5"),
     "a number format of another name": (lambda: args_of(precision="fp32").check(), "'fp32'.*auto"),
     "arguments of the environment that are no object": (
         lambda: args_of(env_kwargs="[1]").check(), r"\[1\].*JSON object")}

@@ -120,7 +120,7 @@ def draw_map(source: str, target: str) -> None:
         axes.set(xscale="log", yscale="log", xlabel="tom_scale", title=f"return of {arm}")
     panels[0].set(ylabel="rec_scale")
     panels[0].margins(0.2)
-    panels[1].legend(loc="lower right")
+    panels[1].legend(loc="upper left")
     figure.colorbar(points, label="return: blind 2.5, ideal 7.75")
     figure.savefig(target, dpi=120)
 
