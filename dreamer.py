@@ -2256,7 +2256,8 @@ class Run:
         told, see `arrive`; torchrun sends a signal once more."""
         again = self.signal is not None and self.ranks == 1
         self.signal = number
-        self.ending = self.ending or self.ranks == 1
+        if self.ranks == 1:
+            self.ending = True
         if not self.agent.training or (again and not self.saving):
             raise KeyboardInterrupt
 
@@ -2369,7 +2370,6 @@ class Run:
 
     def evaluate(self, purpose: str = "evaluation") -> None:
         if self.rank == 0:
-            self.eval_returns = []
             self.eval_returns = evaluate(self.agent, self.args, self.args.eval_episodes,
                                          self.dir.name, self.args.deterministic, purpose=purpose)
             self.record({"eval/episodic_return": np.mean(self.eval_returns)})
@@ -2478,7 +2478,7 @@ def main(args: Args, agent_class: type[Dreamer] = Dreamer) -> dict[str, Any]:
     envs = run.make_envs()
     agent = agent_class(envs.single_observation_space, envs.single_action_space, args)
     if args.evaluate:
-        envs.close()
+        close_envs(envs)
         return run.play_saved(agent)
     buffer = run.begin(envs, agent)
     state = None

@@ -2111,7 +2111,8 @@ class Run:
         told, see `arrive`; torchrun sends a signal once more."""
         again = self.signal is not None and self.ranks == 1
         self.signal = number
-        self.ending = self.ending or self.ranks == 1
+        if self.ranks == 1:
+            self.ending = True
         if not self.agent.training or (again and not self.saving):
             raise KeyboardInterrupt
 
@@ -2224,7 +2225,6 @@ class Run:
 
     def evaluate(self, purpose: str = "evaluation") -> None:
         if self.rank == 0:
-            self.eval_returns = []
             self.eval_returns = evaluate(self.agent, self.args, self.args.eval_episodes,
                                          self.dir.name, self.args.deterministic, purpose=purpose)
             self.record({"eval/episodic_return": np.mean(self.eval_returns)})
@@ -3493,7 +3493,7 @@ def draw_game(agent: SocialDreamer, pool: Pool | None, steps: int = 100) -> dict
     table = Table(agent, 1, pool and pool.aside(), purpose="pictures")
     is_first = np.ones(1, bool)
     frames = []
-    with contextlib.closing(SyncVectorEnv([lambda: seats])) as envs, torch.no_grad():
+    with closing(SyncVectorEnv([lambda: seats])) as envs, torch.no_grad():
         seed = derive_seeds(agent.args.seed, "pictures")[0]
         obs, _ = envs.reset(seed=seed, options={"steps": np.inf})
         for _ in range(steps):
@@ -3590,7 +3590,6 @@ class SocialRun(Run):
                each: bool = False, purpose: str = "evaluation") -> None:
         """Evaluates with the partners of training and, if `each`, with each one alone."""
         args = self.args
-        self.eval_returns = []
         result = evaluate(agent, args, args.eval_episodes, run_name, args.deterministic,
                           capture_video, pool=self.pool, purpose=purpose)
         self.result = {
@@ -3598,8 +3597,7 @@ class SocialRun(Run):
             "eval_tom": result["tom"], "eval_bayes_return": self.ideal, "eval_partners": {}}
         self.eval_returns = result["returns"]  # from here on it counts, even if the rest fails
         if each:
-            partners = evaluate_partners(agent, args, self.pool, run_name)
-            self.result["eval_partners"] = partners
+            self.result["eval_partners"] = evaluate_partners(agent, args, self.pool, run_name)
 
     @functools.cached_property
     def ideal(self) -> float | None:
@@ -3625,7 +3623,7 @@ def main(args: SocialArgs, agent_class: type[SocialDreamer] = SocialDreamer) -> 
     observation_space, action_space, seats, run.scripts = seat_spaces(args)
     agent = agent_class(observation_space, action_space, args, seats)
     if args.evaluate:
-        envs.close()
+        close_envs(envs)
         return run.play_saved(agent)
     buffer = run.begin(envs, agent)
     metrics = {}
